@@ -1,0 +1,519 @@
+// Weighted mean and centred second moment of streamed rows (Gram matrix of the shifted rows, symmetric half only):
+//
+//     W = sum_r w_r,   mean = sum_r w_r x_r / W,   moment = sum_r w_r (x_r - mean) (x_r - mean)'
+//
+// Method: a pivot p near the mean (that of at most 64 rows) is subtracted while rows are packed, y_r = sqrt(w_r) (x_r -
+// p), so that no digits are lost to a common offset; then moment = sum_r y_r y_r' - W d d' with d = mean - p, which is
+// small. float32, bfloat16 and float16 rows are multiplied in float32 and flushed into float64 every kBlockRows rows;
+// float64 rows are float64 throughout.
+//
+// Floor: rows * n (n + 1) / 2 multiply-adds; for n >= 200 or so memory traffic hides behind them. The tiles on the
+// diagonal add about 16 / n to that.
+//
+// Layout: a chunk of rows is packed as blocks of kBlockRows rows, each block as panels of P = 3 registers of columns:
+// packed[block][panel][row][P]. The micro-kernel keeps NR x P sums in registers and reads one panel row and NR scalars
+// of another panel a step, so one packing serves both factors. Packed chunks stay in the second-level cache. Sums are
+// the lower triangle, rows j, columns i <= j, mirrored at the end.
+//
+// Threads: packing is split by blocks, products by tiles of kTile x kTile entries. Every entry is summed by one task in
+// row order, whatever the number of threads. Matrices of few tiles are summed in up to 16 slabs of blocks (block number
+// modulo slabs), added in slab order.
+//
+// Limits: deviations from the pivot whose squares overflow float32 (beyond about 1e19) give infinities; such data has
+// to come as float64. NaN and infinities in x reach every entry of their column.
+#include <cstring>
+
+#include "neuraldeps/cpu_api.h"
+#include "neuraldeps/simd.hpp"
+
+namespace nd::cpu::ND_CPU_LEVEL {
+namespace {
+
+constexpr int64_t kBlockRows = 256;                // rows summed in T before the flush into float64
+constexpr int64_t kTile = 96;                      // columns of a task's tile; a multiple of every P below
+constexpr int64_t kChunkBytes = int64_t{2} << 20;  // aim for one packed chunk
+constexpr int64_t kPivotRows = 64;
+constexpr int64_t kMinTasks = 16;
+constexpr int kPackRows = 8;  // rows packed together: their column sums share one conversion to float64
+
+struct Bfloat16 {
+  uint16_t bits;
+  static constexpr int kDigits = 8;  // of the significand
+};
+struct Float16 {
+  uint16_t bits;
+  static constexpr int kDigits = 11;
+};
+
+ND_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+ND_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+ND_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+typedef double Float64s __attribute__((vector_size(ND_VECTOR_BYTES), aligned(8), may_alias));
+
+// Register blocking: NR rows x kRegisters vectors of sums.
+template <class T>
+struct Panel {
+  static constexpr int W = Vec<T>::W;
+  static constexpr int kRegisters = 3;
+  static constexpr int P = kRegisters * W;
+  static constexpr int kWanted = ND_VECTOR_BYTES == 64 ? 8 : 4;  // of 32 and 16 registers
+  static constexpr int NR = kWanted < W ? kWanted : W;
+  static_assert(W % NR == 0, "a row group must not cross a register");
+  static_assert(kTile % P == 0, "a tile is made of whole panels");
+};
+
+// ------------------------------------------------------------------------------------------------ conversions
+
+template <class T, class In>
+ND_INLINE typename Vec<T>::t load_as(const In* p);
+template <>
+ND_INLINE Vec<float>::t load_as<float>(const float* p) {
+  return load(p);
+}
+template <>
+ND_INLINE Vec<double>::t load_as<double>(const double* p) {
+  return load(p);
+}
+
+typedef uint16_t Halves __attribute__((vector_size(ND_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(ND_VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(ND_VECTOR_BYTES)));
+typedef float Floats __attribute__((vector_size(ND_VECTOR_BYTES)));
+
+template <>
+ND_INLINE Vec<float>::t load_as<float>(const Bfloat16* p) {
+  return reinterpret_cast<Floats>(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
+}
+
+template <>
+ND_INLINE Vec<float>::t load_as<float>(const Float16* p) {
+  const Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words);
+  const Words magnitude = bits & 0x7fffu;
+  Words normal = (magnitude << 13) + (112u << 23);                         // exponent bias 15 -> 127
+  normal += reinterpret_cast<Words>(magnitude >= 0x7c00u) & (112u << 23);  // infinity, NaN: exponent 255
+  const Floats subnormal = __builtin_convertvector(reinterpret_cast<Ints>(magnitude), Floats) * 0x1p-24f;
+  const Words value = magnitude < 0x0400u ? reinterpret_cast<Words>(subnormal) : normal;
+  return reinterpret_cast<Floats>(value | ((bits & 0x8000u) << 16));
+}
+
+// The first `count` < W elements, then zeros.
+template <class T, class In>
+ND_INLINE typename Vec<T>::t load_part_as(const In* p, int64_t count) {
+  In part[Vec<T>::W];
+  std::memset(part, 0, sizeof part);
+  std::memcpy(part, p, static_cast<size_t>(count) * sizeof(In));
+  return load_as<T>(part);
+}
+
+// m[0 : W] += v in float64
+ND_INLINE void add_to(double* m, Vec<double>::t v) { store(m, load(m) + v); }
+
+ND_INLINE void add_to(double* m, Vec<float>::t v) {
+  Float64s* out = reinterpret_cast<Float64s*>(m);
+#if defined(__AVX512F__)  // GCC splits this conversion into quarters by itself
+  out[0] += _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
+  out[1] += _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif defined(__AVX2__)
+  out[0] += _mm256_cvtps_pd(__builtin_shufflevector(v, v, 0, 1, 2, 3));
+  out[1] += _mm256_cvtps_pd(__builtin_shufflevector(v, v, 4, 5, 6, 7));
+#else
+  out[0] += __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), Float64s);
+  out[1] += __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), Float64s);
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------ plan
+
+// Sizes of one problem and addresses in its workspace.
+template <class T>
+struct Layout {
+  int64_t n, padded;  // columns, columns rounded up to whole panels
+  int64_t blocks;     // of kBlockRows rows
+  int64_t blocks_per_chunk;
+  int64_t tiles, slabs;  // tiles a side; slabs of blocks
+  T* pivot;              // [padded] zero beyond n
+  double* sums;          // [slabs, padded] sum_r w_r (x_r - p)
+  double* block_sums;    // [blocks_per_chunk, padded] the same, by block
+  double* slab_moments;  // [slabs - 1, n, n]; slab 0 sums in the output
+  T* packed;             // [blocks_per_chunk, padded / P, kBlockRows, P]
+  int64_t bytes;
+
+  explicit Layout(const MomentsArgs& args) {
+    n = args.n;
+    padded = ceil_div(n, Panel<T>::P) * Panel<T>::P;
+    blocks = ceil_div(args.rows, kBlockRows);
+    tiles = ceil_div(n, kTile);
+    slabs = larger(1, smaller(blocks, kMinTasks / num_tiles()));
+    const int64_t block_bytes = kBlockRows * padded * static_cast<int64_t>(sizeof(T));
+    blocks_per_chunk = larger(1, smaller(blocks, larger(slabs, kChunkBytes / block_bytes)));
+    bytes = 0;
+    char* base = static_cast<char*>(args.workspace);
+    const auto place = [&]<class U>(U*& pointer, int64_t count) {
+      pointer = reinterpret_cast<U*>(base ? base + bytes : nullptr);
+      bytes += ceil_div(count * static_cast<int64_t>(sizeof(U)), 64) * 64;
+    };
+    place(pivot, padded);
+    place(sums, slabs * padded);
+    place(block_sums, blocks_per_chunk * padded);
+    place(slab_moments, (slabs - 1) * n * n);
+    place(packed, blocks_per_chunk * kBlockRows * padded);
+  }
+
+  int64_t num_tiles() const { return tiles * (tiles + 1) / 2; }
+  int64_t blocks_in(int64_t chunk) const { return smaller(blocks_per_chunk, blocks - chunk * blocks_per_chunk); }
+  int64_t rows_in(int64_t block, int64_t rows) const { return smaller(kBlockRows, rows - block * kBlockRows); }
+  T* panel(int64_t block_of_chunk, int64_t column) const {  // column: a multiple of P
+    return packed + (block_of_chunk * padded + column) * kBlockRows;
+  }
+  double* slab_moment(int64_t slab, double* moment) const { return slab ? slab_moments + (slab - 1) * n * n : moment; }
+};
+
+// Tile number -> (row, column), column <= row, row by row.
+struct Tile {
+  int64_t row = 0, column = 0;
+  explicit Tile(int64_t number) {
+    while (number > row) number -= ++row;
+    column = number;
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ pivot
+
+// One step of the pivot: sum += row, in float64.
+template <class T, class In>
+void add_row(double* sum, const In* row, int64_t n) {
+  constexpr int W = Vec<T>::W;
+  int64_t c = 0;
+  for (; c + W <= n; c += W) add_to(sum + c, load_as<T>(row + c));
+  if (c < n) add_to(sum + c, load_part_as<T>(row + c, n - c));
+}
+
+// A pivot on the grid of the input makes differences of 16-bit inputs short, and their products and sums nearly exact.
+template <class T, class In>
+T on_grid_of(double x) {
+  if constexpr (sizeof(In) == 2) {
+    const float value = static_cast<float>(x), shifted = value * static_cast<float>((1 << (24 - In::kDigits)) + 1);
+    return shifted - (shifted - value);
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+// Sets W and the pivot: the mean of at most kPivotRows rows of positive weight, evenly spread.
+template <class T, class In>
+void start(const MomentsArgs& args) {
+  const Layout<T> at(args);
+  int64_t used = 0;
+  double weight_sum = 0;
+  for (int64_t r = 0; args.weights && r < args.rows; r++) {
+    weight_sum += args.weights[r];
+    used += args.weights[r] != 0;
+  }
+  if (!args.weights) {
+    used = args.rows;
+    weight_sum = static_cast<double>(args.rows);
+  }
+  *args.weight_sum = weight_sum;
+
+  double* sum = at.sums;  // zeroed here for the products, lent to the pivot before
+  std::memset(sum, 0, static_cast<size_t>(at.slabs * at.padded) * sizeof(double));
+  const int64_t step = larger(1, used / kPivotRows);
+  int64_t seen = 0, taken = 0;
+  for (int64_t r = 0; r < args.rows && taken < kPivotRows; r++) {
+    if (args.weights && args.weights[r] == 0) continue;
+    if (seen++ % step) continue;
+    add_row<T>(sum, static_cast<const In*>(args.x) + r * args.row_stride, args.n);
+    taken++;
+  }
+  for (int64_t c = 0; c < at.padded; c++) {
+    at.pivot[c] = c < args.n && taken ? on_grid_of<T, In>(sum[c] / static_cast<double>(taken)) : T(0);
+    sum[c] = 0;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ pack
+
+// y_r = scale_r (x_r - p) of R rows and W columns, and their share of sum_r w_r (x_r - p).
+template <class T, int R, bool kWeighted, class Load>
+ND_INLINE void pack_group(Load load_row, typename Vec<T>::t pivot, const T* scale, T* packed, double* sums) {
+  typename Vec<T>::t y[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    if constexpr (kWeighted) {
+      y[r] = scale[r] == 0 ? typename Vec<T>::t{} : (load_row(r) - pivot) * scale[r];
+    } else {
+      y[r] = load_row(r) - pivot;
+    }
+    store(packed + r * Panel<T>::P, y[r]);
+    if constexpr (kWeighted) y[r] *= scale[r];
+  }
+#pragma GCC unroll 3
+  for (int width = R / 2; width; width /= 2) {
+#pragma GCC unroll 4
+    for (int r = 0; r < width; r++) y[r] += y[r + width];
+  }
+  add_to(sums, y[0]);
+}
+
+// Packs R rows of one block from row `first` of it on.
+template <class T, int R, bool kWeighted, class In>
+void pack_rows(const Layout<T>& at, const In* x, int64_t row_stride, const T* scale, int64_t block_of_chunk,
+               int64_t first) {
+  constexpr int W = Panel<T>::W, P = Panel<T>::P;
+  double* sums = at.block_sums + block_of_chunk * at.padded;
+  T* panel = at.panel(block_of_chunk, 0) + first * P;
+  for (int64_t c = 0; c < at.n; c += P, panel += kBlockRows * P) {
+    for (int v = 0; v < P && c + v < at.n; v += W) {
+      const In* from = x + c + v;
+      const int64_t left = at.n - c - v;
+      const typename Vec<T>::t pivot = load(at.pivot + c + v);
+      double* sum = sums + c + v;
+      if (left >= W) {
+        pack_group<T, R, kWeighted>([=](int r) { return load_as<T>(from + r * row_stride); }, pivot, scale, panel + v,
+                                    sum);
+      } else {
+        pack_group<T, R, kWeighted>([=](int r) { return load_part_as<T>(from + r * row_stride, left); }, pivot, scale,
+                                    panel + v, sum);
+      }
+    }
+  }
+}
+
+template <class T, bool kWeighted, class In>
+void pack_block(const MomentsArgs& args, const Layout<T>& at, int64_t block, int64_t block_of_chunk) {
+  const int64_t rows = at.rows_in(block, args.rows);
+  const In* x = static_cast<const In*>(args.x) + block * kBlockRows * args.row_stride;
+  std::memset(at.block_sums + block_of_chunk * at.padded, 0, static_cast<size_t>(at.padded) * sizeof(double));
+  T scale[kPackRows] = {};
+  for (int64_t r = 0; r < rows;) {
+    const bool full = r + kPackRows <= rows;
+    const int group = full ? kPackRows : 1;
+    if constexpr (kWeighted) {
+      const double* w = args.weights + block * kBlockRows + r;
+      for (int g = 0; g < group; g++) scale[g] = static_cast<T>(__builtin_sqrt(w[g]));
+    }
+    const In* from = x + r * args.row_stride;
+    if (full) {
+      pack_rows<T, kPackRows, kWeighted>(at, from, args.row_stride, scale, block_of_chunk, r);
+    } else {
+      pack_rows<T, 1, kWeighted>(at, from, args.row_stride, scale, block_of_chunk, r);
+    }
+    r += group;
+  }
+}
+
+template <class T, class In>
+void pack(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end) {
+  const Layout<T> at(args);
+  for (int64_t b = begin; b < smaller(end, at.blocks_in(chunk)); b++) {
+    const int64_t block = chunk * at.blocks_per_chunk + b;
+    if (args.weights) {
+      pack_block<T, true, In>(args, at, block, b);
+    } else {
+      pack_block<T, false, In>(args, at, block, b);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ products
+
+// m[j][i] += sum_{r < rows} b[r][j] a[r][i] for j < NR, i < V * W; a, b: packed panels. Only the first valid_rows x
+// valid_columns entries of m exist.
+template <class T, int V>
+void multiply_panels(const T* a, const T* b, int64_t rows, double* m, int64_t stride, int64_t valid_rows,
+                     int64_t valid_columns) {
+  constexpr int W = Panel<T>::W, P = Panel<T>::P, NR = Panel<T>::NR;
+  constexpr int64_t kPrefetchDistance = 8, kPrefetchRows = 128;  // measured
+  typename Vec<T>::t sum[NR][V] = {};
+  const auto accumulate = [&](int64_t count) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < count; r++, a += P, b += P) {
+      __builtin_prefetch(b + kPrefetchDistance * P);
+      typename Vec<T>::t x[V];
+      for (int v = 0; v < V; v++) x[v] = load(a + v * W);
+#pragma GCC unroll 8
+      for (int j = 0; j < NR; j++) {
+        for (int v = 0; v < V; v++) sum[j][v] += b[j] * x[v];
+      }
+    }
+  };
+  // The sums are asked for late: the panels streaming by would push them out of the first-level cache again.
+  const int64_t last = smaller(rows, kPrefetchRows);
+  accumulate(rows - last);
+  for (int64_t j = 0; j < smaller(NR, valid_rows); j++) {
+    for (int i = 0; i < V * W; i += 8) __builtin_prefetch(m + j * stride + i, 1);
+  }
+  accumulate(last);
+
+  if (valid_rows >= NR && valid_columns >= V * W) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NR; j++) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; v++) add_to(m + j * stride + v * W, sum[j][v]);
+    }
+    return;
+  }
+  T edge[NR][V * W];
+#pragma GCC unroll 8
+  for (int j = 0; j < NR; j++) {
+#pragma GCC unroll 3
+    for (int v = 0; v < V; v++) store(&edge[j][v * W], sum[j][v]);
+  }
+  for (int64_t j = 0; j < smaller(NR, valid_rows); j++) {
+    for (int64_t i = 0; i < smaller(V * W, valid_columns); i++) m[j * stride + i] += edge[j][i];
+  }
+}
+
+// Adds one packed block to a tile of the lower triangle.
+template <class T>
+void multiply_tile(const Layout<T>& at, Tile tile, int64_t block_of_chunk, int64_t rows, double* moment) {
+  constexpr int W = Panel<T>::W, P = Panel<T>::P, NR = Panel<T>::NR;
+  const int64_t n = at.n;
+  const int64_t j_end = smaller(n, (tile.row + 1) * kTile), i_end = smaller(n, (tile.column + 1) * kTile);
+  for (int64_t i = tile.column * kTile; i < i_end; i += P) {
+    const T* a = at.panel(block_of_chunk, i);
+    for (int64_t j = larger(i, tile.row * kTile); j < j_end; j += NR) {
+      const T* b = at.panel(block_of_chunk, j / P * P) + j % P;
+      double* m = moment + j * n + i;
+      const int64_t last_column = smaller(j + NR, n) - 1 - i;  // those beyond lie above the diagonal
+      if (last_column >= 2 * W) {
+        multiply_panels<T, 3>(a, b, rows, m, n, n - j, n - i);
+      } else if (last_column >= W) {
+        multiply_panels<T, 2>(a, b, rows, m, n, n - j, n - i);
+      } else {
+        multiply_panels<T, 1>(a, b, rows, m, n, n - j, n - i);
+      }
+    }
+  }
+}
+
+template <class T>
+void clear_tile(const Layout<T>& at, Tile tile, double* moment) {
+  const int64_t begin = tile.column * kTile, width = smaller(at.n - begin, kTile);
+  for (int64_t j = tile.row * kTile; j < smaller(at.n, (tile.row + 1) * kTile); j++) {
+    std::memset(moment + j * at.n + begin, 0, static_cast<size_t>(width) * sizeof(double));
+  }
+}
+
+// A task is a tile of one slab: its products and, on the diagonal, its column sums.
+template <class T>
+void multiply(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end) {
+  const Layout<T> at(args);
+  for (int64_t task = begin; task < end; task++) {
+    const Tile tile(task / at.slabs);
+    const int64_t slab = task % at.slabs;
+    double* moment = at.slab_moment(slab, args.moment);
+    if (chunk == 0) clear_tile(at, tile, moment);
+    for (int64_t b = 0; b < at.blocks_in(chunk); b++) {
+      const int64_t block = chunk * at.blocks_per_chunk + b;
+      if (block % at.slabs != slab) continue;
+      multiply_tile(at, tile, b, at.rows_in(block, args.rows), moment);
+      if (tile.row != tile.column) continue;
+      double* sums = at.sums + slab * at.padded;
+      const double* block_sums = at.block_sums + b * at.padded;
+      const int64_t c_end = smaller(at.n, (tile.row + 1) * kTile);
+      for (int64_t c = tile.row * kTile; c < c_end; c++) sums[c] += block_sums[c];
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ finish
+
+// d = mean - p of the columns of one tile.
+template <class T>
+void shifts_of(const MomentsArgs& args, const Layout<T>& at, int64_t tile, double* d) {
+  const int64_t begin = tile * kTile, count = smaller(kTile, at.n - begin);
+  const double scale = *args.weight_sum > 0 ? 1 / *args.weight_sum : 0;
+  for (int64_t c = 0; c < count; c++) {
+    double sum = 0;
+    for (int64_t s = 0; s < at.slabs; s++) sum += at.sums[s * at.padded + begin + c];
+    d[c] = sum * scale;
+  }
+}
+
+// Adds the slabs of a tile, moves it from the pivot to the mean, mirrors it.
+template <class T>
+void finish(const MomentsArgs& args, int64_t begin, int64_t end) {
+  const Layout<T> at(args);
+  const int64_t n = at.n;
+  const double weight = *args.weight_sum;
+  double d_row[kTile], d_column[kTile];
+  for (int64_t task = begin; task < end; task++) {
+    const Tile tile(task);
+    const int64_t j0 = tile.row * kTile, i0 = tile.column * kTile;
+    const int64_t j_end = smaller(n, j0 + kTile);
+    if (at.blocks == 0) clear_tile(at, tile, args.moment);
+    shifts_of(args, at, tile.row, d_row);
+    shifts_of(args, at, tile.column, d_column);
+    for (int64_t j = j0; j < j_end; j++) {
+      const int64_t i_end = smaller(j + 1, i0 + kTile);
+      double* row = args.moment + j * n;
+      for (int64_t s = 1; s < at.slabs; s++) {
+        const double* more = at.slab_moment(s, args.moment) + j * n;
+        for (int64_t i = i0; i < i_end; i++) row[i] += more[i];
+      }
+      const double shift = weight * d_row[j - j0];
+      for (int64_t i = i0; i < i_end; i++) row[i] -= shift * d_column[i - i0];
+    }
+    for (int64_t i = i0; i < smaller(n, i0 + kTile); i++) {
+      for (int64_t j = larger(j0, i + 1); j < j_end; j++) args.moment[i * n + j] = args.moment[j * n + i];
+    }
+    if (tile.row == tile.column) {
+      for (int64_t j = j0; j < j_end; j++) {
+        args.mean[j] = weight > 0 ? static_cast<double>(at.pivot[j]) + d_row[j - j0] : 0;
+      }
+    }
+  }
+}
+
+template <class T>
+MomentsPlan plan(const MomentsArgs& args) {
+  const Layout<T> at(args);
+  return {.chunks = ceil_div(at.blocks, at.blocks_per_chunk),
+          .pack_tasks = at.blocks_per_chunk,
+          .multiply_tasks = at.num_tiles() * at.slabs,
+          .finish_tasks = at.num_tiles(),
+          .workspace_bytes = at.bytes};
+}
+
+}  // namespace
+
+MomentsPlan moments_plan(const MomentsArgs& args) {
+  return args.dtype == Dtype::kFloat64 ? plan<double>(args) : plan<float>(args);
+}
+
+void moments_start(const MomentsArgs& args) {
+  switch (args.dtype) {
+    case Dtype::kFloat32:
+      return start<float, float>(args);
+    case Dtype::kFloat64:
+      return start<double, double>(args);
+    case Dtype::kBfloat16:
+      return start<float, Bfloat16>(args);
+    case Dtype::kFloat16:
+      return start<float, Float16>(args);
+  }
+}
+
+void moments_pack(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case Dtype::kFloat32:
+      return pack<float, float>(args, chunk, begin, end);
+    case Dtype::kFloat64:
+      return pack<double, double>(args, chunk, begin, end);
+    case Dtype::kBfloat16:
+      return pack<float, Bfloat16>(args, chunk, begin, end);
+    case Dtype::kFloat16:
+      return pack<float, Float16>(args, chunk, begin, end);
+  }
+}
+
+void moments_multiply(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end) {
+  args.dtype == Dtype::kFloat64 ? multiply<double>(args, chunk, begin, end) : multiply<float>(args, chunk, begin, end);
+}
+
+void moments_finish(const MomentsArgs& args, int64_t begin, int64_t end) {
+  args.dtype == Dtype::kFloat64 ? finish<double>(args, begin, end) : finish<float>(args, begin, end);
+}
+
+}  // namespace nd::cpu::ND_CPU_LEVEL

@@ -1,0 +1,31 @@
+// The kernel table of one instruction-set level. A new kernel is one line of ND_KERNELS, in the order of `struct
+// Kernels`; its source file defines a function of that name in nd::cpu::ND_CPU_LEVEL.
+#include <type_traits>
+
+#include "neuraldeps/cpu_api.h"
+
+#define ND_KERNELS(X)  \
+  X(covlasso_f32)      \
+  X(covlasso_f64)      \
+  X(covlasso_pack_f32) \
+  X(covlasso_pack_f64) \
+  X(lambda_max_f32)    \
+  X(lambda_max_f64)    \
+  X(moments_plan)      \
+  X(moments_start)     \
+  X(moments_pack)      \
+  X(moments_multiply)  \
+  X(moments_finish)
+
+#define ND_DECLARE(name) std::remove_pointer_t<decltype(Kernels::name)> name;
+#define ND_ENTRY(name) .name = name,
+#define ND_TEXT_OF(x) #x
+#define ND_TEXT(x) ND_TEXT_OF(x)
+
+namespace nd::cpu::ND_CPU_LEVEL {
+
+ND_KERNELS(ND_DECLARE)
+extern const Kernels table;
+const Kernels table = {.level = ND_TEXT(ND_CPU_LEVEL), ND_KERNELS(ND_ENTRY)};
+
+}  // namespace nd::cpu::ND_CPU_LEVEL

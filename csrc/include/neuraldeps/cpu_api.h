@@ -1,0 +1,117 @@
+// Interface of the CPU kernels. Every source file of csrc/cpu is compiled once per instruction-set level into its own
+// namespace (nd::cpu::baseline, ::avx2, ::avx512); `kernels()` hands out the table of the level chosen at load:
+// the best the machine has, or what NEURALDEPS_CPU_LEVEL names.
+//
+// Kernels take pointers, sizes and a half-open range of independent problems; they never start threads and never
+// allocate through torch. The caller picks the threading.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace nd::cpu {
+
+// What one CovLasso solve reports per target, in this order, as float64.
+enum CovlassoInfo : int { kErr2, kDualityGap, kKktViolation, kPivots, kStatus, kLambdaMax, kCovlassoInfoSize };
+enum CovlassoStatus : int { kConverged = 0, kCapped = 1, kCollinear = 2, kNotPsd = 3 };
+
+// min over theta (theta_i = -1)  theta' S theta + lam * sum_j penalty_j |theta_j|,  for targets i = targets[begin:end].
+template <class T>
+struct CovlassoArgs {
+  const T* cov;            // [n, ld] symmetric, zero in columns n..ld-1, rows aligned to 64 bytes
+  int64_t n, ld;           // ld: multiple of 64 bytes
+  const int64_t* targets;  // [num_targets], each in [0, n)
+  const double* lam;       // [num_targets], > 0
+  const T* penalty;        // [n] or [num_targets, n]; +inf: may not enter; null: all ones
+  int64_t penalty_stride;  // 0 for one row shared by all targets, else the distance of rows
+  double tol;              // KKT violation allowed, relative to lambda_max / 2 of the target
+  int64_t max_pivots;      // coordinates added or dropped before a target is given up as capped
+  int32_t* index;          // [num_targets, capacity] support in increasing order, then zeros
+  T* value;                // [num_targets, capacity] coefficients, then zeros
+  int64_t capacity;        // >= n - 1 holds every support; a larger support is cut and reported as capped
+  int32_t* count;          // [num_targets]
+  double* info;            // [num_targets, kCovlassoInfoSize]
+};
+
+// A covariance made ready for the solver: [n, ld] rows of whole 64-byte lines, padded with zeros, S symmetrised and
+// multiplied by `scale` (a power of two). Work is counted in groups of kCovlassoTile rows.
+constexpr int64_t kCovlassoTile = 16;
+struct CovlassoPackFacts {
+  bool finite;
+  double asymmetry;  // max |S_ij - S_ji| * scale
+};
+template <class T>
+struct CovlassoPackArgs {
+  const T* cov;  // [n, n], rows `stride` apart
+  int64_t n, stride, ld;
+  double scale;
+  T* packed;                 // [n, ld]
+  CovlassoPackFacts* facts;  // one per group of rows
+};
+
+enum class Dtype : int { kFloat32, kFloat64, kBfloat16, kFloat16 };
+
+// Weighted mean and centred second moment of the rows x_r of one matrix:
+//   W = sum_r w_r,   mean = sum_r w_r x_r / W,   moment = sum_r w_r (x_r - mean) (x_r - mean)'.
+// W = 0 gives mean = 0 and moment = 0. A row of weight 0 is never read.
+struct MomentsArgs {
+  const void* x;          // [rows, n] of dtype; row r starts r * row_stride elements in
+  Dtype dtype;            // float64 is computed in float64, the others in float32 flushed into float64
+  int64_t rows, n;        // rows >= 0, n >= 1
+  int64_t row_stride;     // >= n
+  const double* weights;  // [rows] >= 0; null: all ones
+  double* weight_sum;     // [1] W
+  double* mean;           // [n]
+  double* moment;         // [n, n] symmetric
+  void* workspace;        // MomentsPlan::workspace_bytes, aligned to 64
+};
+
+// How moments are cut: the sizes of the task ranges below. It depends on the shape alone, so that results do too.
+struct MomentsPlan {
+  int64_t chunks;          // rounds of pack and multiply, one after the other
+  int64_t pack_tasks;      // per chunk
+  int64_t multiply_tasks;  // per chunk
+  int64_t finish_tasks;
+  int64_t workspace_bytes;
+};
+
+// One table per instruction-set level.
+struct Kernels {
+  const char* level;
+  void (*covlasso_f32)(const CovlassoArgs<float>& args, int64_t begin, int64_t end);
+  void (*covlasso_f64)(const CovlassoArgs<double>& args, int64_t begin, int64_t end);
+  void (*covlasso_pack_f32)(const CovlassoPackArgs<float>& args, int64_t begin, int64_t end);
+  void (*covlasso_pack_f64)(const CovlassoPackArgs<double>& args, int64_t begin, int64_t end);
+  // lambda_max[t] = 2 max over j != i of |S_ij| / penalty_j; reads cov, targets and penalty of args.
+  void (*lambda_max_f32)(const CovlassoArgs<float>& args, double* lambda_max, int64_t begin, int64_t end);
+  void (*lambda_max_f64)(const CovlassoArgs<double>& args, double* lambda_max, int64_t begin, int64_t end);
+  // Moments in order: start; for each chunk all pack tasks, then all multiply tasks; all finish tasks. The tasks of one
+  // range may run at once and in any order. compute_moments below is this order.
+  MomentsPlan (*moments_plan)(const MomentsArgs& args);
+  void (*moments_start)(const MomentsArgs& args);
+  void (*moments_pack)(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end);
+  void (*moments_multiply)(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end);
+  void (*moments_finish)(const MomentsArgs& args, int64_t begin, int64_t end);
+};
+
+// Runs all stages; parallel(count, f) must call f(begin, end) over [0, count) and return when all are done.
+template <class Parallel>
+inline void compute_moments(const Kernels& kernels, const MomentsArgs& args, const Parallel& parallel) {
+  const MomentsPlan plan = kernels.moments_plan(args);
+  kernels.moments_start(args);
+  for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+    parallel(plan.pack_tasks, [&](int64_t begin, int64_t end) { kernels.moments_pack(args, chunk, begin, end); });
+    parallel(plan.multiply_tasks,
+             [&](int64_t begin, int64_t end) { kernels.moments_multiply(args, chunk, begin, end); });
+  }
+  parallel(plan.finish_tasks, [&](int64_t begin, int64_t end) { kernels.moments_finish(args, begin, end); });
+}
+
+// The table of the level in use; throws std::invalid_argument if NEURALDEPS_CPU_LEVEL names none that this machine
+// runs.
+const Kernels& kernels();
+
+// Names of the levels in the binary, and of those this machine runs, slowest first, separated by spaces.
+std::string compiled_levels();
+std::string available_levels();
+
+}  // namespace nd::cpu

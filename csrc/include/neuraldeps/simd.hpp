@@ -1,0 +1,52 @@
+// Vectors of the instruction-set level a file is compiled for, through GCC/Clang vector extensions.
+//
+//   ND_CPU_LEVEL      namespace of the level: baseline, avx2, avx512 (given on the command line)
+//   ND_VECTOR_BYTES   64 with AVX-512, 32 with AVX2, 16 otherwise; a vector never exceeds one register
+//
+// Everything here has internal linkage: the same file is compiled at several levels, and the linker must never hand the
+// copy of one level to another.
+#pragma once
+#include <cstdint>
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if !defined(ND_CPU_LEVEL)
+#define ND_CPU_LEVEL baseline
+#endif
+#if defined(__AVX512F__)
+#define ND_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define ND_VECTOR_BYTES 32
+#else
+#define ND_VECTOR_BYTES 16
+#endif
+#define ND_INLINE inline __attribute__((always_inline))
+
+namespace nd::cpu::ND_CPU_LEVEL {
+namespace {
+
+// One register of W values; loads and stores through it need the alignment of T only.
+template <class T>
+struct Vec {
+  typedef T t __attribute__((vector_size(ND_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+  static constexpr int W = ND_VECTOR_BYTES / sizeof(T);
+};
+
+template <class T>
+ND_INLINE typename Vec<T>::t load(const T* p) {
+  return *reinterpret_cast<const typename Vec<T>::t*>(p);
+}
+
+template <class T>
+ND_INLINE void store(T* p, typename Vec<T>::t v) {
+  *reinterpret_cast<typename Vec<T>::t*>(p) = v;
+}
+
+template <class T>
+ND_INLINE typename Vec<T>::t broadcast(T x) {
+  return typename Vec<T>::t{} + x;
+}
+
+}  // namespace
+}  // namespace nd::cpu::ND_CPU_LEVEL

@@ -1,0 +1,1 @@
+"""Data: the shipped ImageNet logit covariance, logits files, pictures and networks inside installed packages."""

@@ -1,0 +1,1 @@
+"""Triton kernels, one file a hot path. Importing this package does not import triton."""
