@@ -32,7 +32,7 @@ def low_rank(n: int, rank: int, seed: int, noise: float = 0.0, samples: int = 10
 
 
 def clustered(n: int, features: int, seed: int, samples: int = 3000) -> Tensor:
-    """Covariance of `clustered_logits`: what a trained classifier looks like, of rank features + 1 at most, if it is below n."""
+    """Covariance of `clustered_logits`: what a trained classifier looks like, of rank min(n - 1, features)."""
     return covariance_of(clustered_logits(n, features, samples, seed)[0])
 
 

@@ -2,17 +2,18 @@
 
 Two products, both from the same unmodified sources:
 
-    library = build_library(CUDA_SOURCES)                      # Path of a .so with the C interface of cuda_api.h, for ctypes
-    program = build_program([path], sanitizer="thread")        # Path of an executable; a source has main()
-    result = run(program, "case", "7", order="random:3")       # CompletedProcess with text, .returncode, .stdout, .stderr
+    library = build_library(CUDA_SOURCES)                # Path of a .so with the C interface of cuda_api.h, for ctypes
+    program = build_program([path], sanitizer="thread")  # Path of an executable; one source has main()
+    result = run(program, "case", order="random:3")      # CompletedProcess with text: .returncode, .stdout, .stderr
 
-`sanitizer` is one of SANITIZERS: "plain" (-O2), "address" (AddressSanitizer + UndefinedBehaviorSanitizer, which end the
-program at the first finding) or "thread" (ThreadSanitizer, likewise). Only "plain" libraries can be loaded into Python;
-sanitized code runs as a program of its own. `order` is one of ORDERS or "random:<seed>": the order in which the emulation
-runs the threads of a block and the blocks of a launch. Inside Python set os.environ["ND_EMU_ORDER"]; each launch reads it.
+`sanitizer` is one of SANITIZERS: "plain" (-O2), "address" (AddressSanitizer and UndefinedBehaviorSanitizer, which end
+the program at the first finding) or "thread" (ThreadSanitizer, likewise). Only plain libraries can be loaded into
+Python; sanitized code runs as a program of its own. `order` is one of ORDERS or "random:<seed>": the order in which the
+emulation runs the threads of a block and the blocks of a launch. Inside Python set os.environ["ND_EMU_ORDER"]; each
+launch reads it. Sources include "neuraldeps/device.hpp"; device/cases.hpp helps to write programs.
 
-Objects and products are kept under build/emulation, named by the hash of the preprocessed source and the command line: a
-second call costs one preprocessor run a source, and an edited source or header is never missed.
+Objects and products are kept under build/emulation, named by the hash of the preprocessed source and the command line:
+a second call costs one preprocessor run a source, and an edited source or header is never missed.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def run(
     options = {
         "ND_EMU_ORDER": order,
         "ASAN_OPTIONS": "detect_leaks=0",
-        "TSAN_OPTIONS": "halt_on_error=1",
+        "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0",
     }
     return subprocess.run(
         [str(program), *arguments],

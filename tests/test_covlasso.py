@@ -2,19 +2,15 @@
 
 Oracles: exhaustive search over sign patterns (n <= 5), scikit-learn's Lasso and enet_path, scipy's L-BFGS-B, and the
 coordinate descent of `neuraldeps_kernels.reference.covlasso`, which is itself held against the first three here.
-T1, T2, ... name the acceptance checks of the notes on arXiv 2211.12339. rho = -(S Theta); lam = 2 alpha of scikit-learn.
+T1, T2, ... name the acceptance checks of the project's notes on arXiv 2211.12339, 3.1 ... their equations.
+rho = -(S Theta); lam = 2 alpha of scikit-learn.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import cov_factory as make
 import numpy as np
@@ -27,6 +23,8 @@ from sklearn.linear_model import Lasso, enet_path
 from torch import Tensor
 
 import neuraldeps_kernels as nk
+from neuraldeps_kernels.data.logits import load_imagenet_covariance
+from neuraldeps_kernels.ops.covlasso import solve_targets
 from neuraldeps_kernels.reference import covlasso as reference
 
 STATUS = {"converged": 0, "capped": 1, "collinear": 2, "not_psd": 3}
@@ -40,7 +38,8 @@ def everyone(S: Tensor) -> Tensor:
 
 def penalty_of(S: Tensor, targets: Tensor, candidates: Tensor | None, factors: Tensor | None) -> Tensor:
     """Penalty [T, n] with +inf where a category may not be used, as the oracle takes it."""
-    penalty = torch.ones(len(targets), len(S), dtype=F64) if factors is None else factors.double().expand(len(targets), -1)
+    penalty = torch.ones(len(S), dtype=F64) if factors is None else factors.double()
+    penalty = penalty.expand(len(targets), -1)
     return penalty if candidates is None else torch.where(candidates, penalty, torch.inf)
 
 
@@ -50,27 +49,44 @@ def recomputed_violation(S: Tensor, solution, candidates=None, factors=None) -> 
     return reference.kkt_violation(S, solution.dense(), solution.targets, solution.lam, penalty)
 
 
+def coefficient_rounding(S: Tensor, solution) -> Tensor:
+    """Violation [T] that storing theta may cost at worst: max_j sum_k |S_jk theta_k| eps / 2 over lambda_max / 2."""
+    theta = solution.dense()
+    largest = (theta.double().abs() @ S.double().abs()).amax(1)
+    return torch.finfo(theta.dtype).eps / 2 * largest / (solution.lambda_max / 2).clamp_min(1e-300)
+
+
 def certify(S: Tensor, solution, tol: float, candidates=None, factors=None) -> None:
-    """Converged, optimal by an independent check, and every reported number equal to what the coefficients imply."""
+    """Converged, optimal by an independent check, and every reported number equal to what the coefficients imply.
+
+    Where rounding of the coefficients alone may exceed half the tolerance, `collinear` (out of reach) is right as well,
+    if the violation is of that size.
+    """
     targets, theta = solution.targets, solution.dense()
     penalty = penalty_of(S, targets, candidates, factors)
     variance = S.double().diagonal()[targets]
-    assert solution.status_names == ["converged"] * len(targets)
     assert theta.dtype == (S.dtype if S.dtype == F64 else F32)
     assert (theta.gather(1, targets[:, None]) == 0).all()
     violation = reference.kkt_violation(S, theta, targets, solution.lam, penalty)
-    assert violation.max() <= tol, f"violation {violation.max():.3e} at target {targets[violation.argmax()]}"
+    rounding = coefficient_rounding(S, solution)
+    for i, name, v, r in zip(targets, solution.status_names, violation, rounding, strict=True):
+        out_of_reach = name == "collinear" and r > tol / 2 and v <= 4 * r
+        assert (name == "converged" and v <= tol) or out_of_reach, f"target {i} {name}: {v:.2e}, rounding {r:.2e}"
     exact = 1e-5 if S.dtype != F64 else 1e-9
-    assert (solution.kkt_violation.double() - violation).abs().max() <= max(tol, exact)
-    assert (solution.err2.double() - reference.err2(S, theta, targets)).abs().le(exact * variance).all()
+    assert (solution.kkt_violation - violation).abs().max() <= max(tol, exact)
+    assert (solution.err2 - reference.err2(S, theta, targets)).abs().le(exact * variance).all()
     gap = reference.duality_gap(S, theta, targets, solution.lam, penalty)
-    assert (solution.duality_gap.double() - gap).abs().le(exact * variance).all()
+    # tau follows the largest |rho|, so a rounding of rho moves the gap by lambda_max |theta|_1 times that.
+    norm = torch.where(theta != 0, theta.double().abs() * penalty, 0.0).sum(1)
+    slack = exact * variance + 2 * solution.lambda_max * norm * rounding
+    assert (solution.duality_gap - gap).abs().le(slack).all()
     assert solution.n_nonzero.tolist() == (theta != 0).sum(1).tolist()
-    used = variance > 0
-    torch.testing.assert_close(solution.relative_error[used].double(), (solution.err2.double() / variance)[used])
+    torch.testing.assert_close(solution.lambda_max, reference.lambda_max(S, targets, penalty))
+    explained = torch.where(variance > 0, solution.err2 / variance, 0.0)
+    torch.testing.assert_close(solution.relative_error, explained)
 
 
-# ------------------------------------------------------------------------------------------------ the oracles agree
+# ---------------------------------------------------------------------------------------------------- the oracles agree
 
 
 def exhaustive(S: np.ndarray, target: int, lam: float) -> np.ndarray:
@@ -139,8 +155,10 @@ def test_T2_scikit_learn_gram_path():
         others = [j for j in range(40) if j != i]
         Q, c = S[others][:, others].numpy(), S[others, i].numpy()
         alphas = np.abs(c).max() * np.array([0.5, 0.2, 0.05])
+        y = np.zeros(1)
+        y[0] = math.sqrt(S[i, i].item())  # only its norm matters beside Q and c
         _, coefficients, _ = enet_path(
-            np.zeros((1, 39)), np.zeros(1), l1_ratio=1.0, alphas=alphas, precompute=Q, Xy=c, tol=1e-15, max_iter=300_000,
+            np.zeros((1, 39)), y, l1_ratio=1.0, alphas=alphas, precompute=Q, Xy=c, tol=1e-15, max_iter=300_000,
             check_input=False,
         )  # fmt: skip
         for k, alpha in enumerate(alphas):
@@ -163,7 +181,8 @@ def test_scipy_finds_nothing_better():
             return x @ Q @ x - 2 * c @ x + l * uv.sum(), np.concatenate([slope + l, l - slope])
 
         found = scipy.optimize.minimize(
-            value, np.zeros(28), jac=True, bounds=[(0, None)] * 28, options={"maxiter": 20_000, "maxfun": 40_000, "ftol": 1e-15}
+            value, np.zeros(28), jac=True, bounds=[(0, None)] * 28,
+            options={"maxiter": 20_000, "maxfun": 40_000, "ftol": 1e-15},
         )  # fmt: skip
         x = theta[i, others].numpy()
         ours = x @ Q @ x - 2 * c @ x + l * np.abs(x).sum()
@@ -181,7 +200,10 @@ def test_reference_certificates_by_loop():
     theta[:, 4] = 0
     theta[[0, 1], targets] = 0
     theta[0, 0] = 0
-    got = reference.kkt_violation(S, theta, targets, lam, factors), reference.duality_gap(S, theta, targets, lam, factors)
+    got = (
+        reference.kkt_violation(S, theta, targets, lam, factors),
+        reference.duality_gap(S, theta, targets, lam, factors),
+    )
     for t, i in enumerate(targets.tolist()):
         pinned = theta[t].clone()
         pinned[i] = -1
@@ -202,12 +224,12 @@ def test_reference_certificates_by_loop():
         assert reference.err2(S, theta, targets)[t].item() == pytest.approx(error, rel=1e-10)
 
 
-# --------------------------------------------------------------------------------------------- optimality everywhere
+# ------------------------------------------------------------------------------------------------ optimality everywhere
 
 COVARIANCES: dict[str, Callable[[], Tensor]] = {
     "mixed": lambda: make.mixed(60, seed=0),  # T1
-    "clustered": lambda: make.clustered(150, 200, seed=1),  # what a classifier gives, full rank
-    "singular": lambda: make.clustered(150, 40, seed=2),  # more categories than features: exactly singular
+    "clustered": lambda: make.clustered(150, 200, seed=1),  # what a classifier gives, rank 149
+    "singular": lambda: make.clustered(150, 40, seed=2),  # more categories than features: rank 40
     "low rank": lambda: make.low_rank(80, 10, seed=3),
     "low rank and noise": lambda: make.low_rank(80, 10, seed=4, noise=0.05),
     "few samples": lambda: make.mixed(50, seed=5, samples=20),  # rank 19
@@ -235,15 +257,25 @@ COVARIANCES: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("name", COVARIANCES)
 def test_T1_kkt(name, dtype):
-    """Every target optimal at the reachable tolerance, and as good as the oracle; rounding to float32 may make S indefinite."""
+    """Every target optimal at the reachable tolerance, and as good as the oracle."""
     S = COVARIANCES[name]().to(dtype)
     for ratio in (0.9, 0.5, 0.1, 0.01):
         solution = nk.covlasso(S, lam_ratio=ratio, tol=TOLERANCE[dtype])
         certify(S, solution, TOLERANCE[dtype])
         if dtype == F64:
-            oracle = reference.covlasso(S, solution.targets, solution.lam, tol=1e-12)
-            error = reference.err2(S, oracle, solution.targets)
-            assert (solution.err2 - error).abs().le(1e-9 * S.diagonal()).all()
+            some = solution.targets[::5]
+            error = reference.err2(S, reference.covlasso(S, some, solution.lam[some]), some)
+            assert (solution.err2[some] - error).abs().le(1e-9 * S.diagonal()[some]).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_supports_much_larger_than_the_first_ones(dtype):
+    """Sixteen isolated categories first, then hundred that use each other: room must not be guessed from the first."""
+    S = torch.block_diag(torch.eye(16, dtype=F64), make.mixed(100, seed=20)).to(dtype)
+    solution = nk.covlasso(S, lam_ratio=1e-3, tol=TOLERANCE[dtype])
+    certify(S, solution, TOLERANCE[dtype])
+    assert solution.n_nonzero[:16].tolist() == [0] * 16
+    assert solution.n_nonzero[16:].min() > 80
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -281,10 +313,11 @@ def test_no_absolute_threshold(exponent, dtype):
     assert torch.equal(plain.err2 * 2.0**exponent, scaled.err2)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_bf16_rounded_covariance(seed):
-    """Rounding to bfloat16 destroys positive semidefiniteness: certified, or said to be not PSD; never silently wrong."""
-    S = [make.low_rank(60, 8, seed=40), make.clustered(60, 20, seed=41), make.mixed(60, seed=42), make.toeplitz(60, 0.99)][seed]
+@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("seed", [40, 41])
+def test_bf16_rounded_covariance(kind, seed):
+    """Rounding to bfloat16 makes S indefinite: the result is certified or said to fail, never silently wrong."""
+    S = (make.low_rank(60, 8, seed), make.clustered(60, 20, seed), make.mixed(60, seed), make.toeplitz(60, 0.99))[kind]
     rounded = S.to(torch.bfloat16).float()
     for ratio in (0.5, 0.1, 0.01, 0.001):
         converged_or_said(rounded, nk.covlasso(rounded, lam_ratio=ratio))
@@ -326,7 +359,7 @@ def test_huge_correlation_of_a_constant_category():
     assert solution.status_names[0] != "converged"
 
 
-# ----------------------------------------------------------------------------------------------- theory of section 3
+# -------------------------------------------------------------------------------------------------- theory of section 3
 
 
 def test_T3_lambda_max():
@@ -400,7 +433,8 @@ def test_T5_slope_of_the_error():
 def test_T6_end_points():
     S = make.mixed(25, seed=54)
     schur = 1 / torch.linalg.inv(S).diagonal()
-    determinants = torch.stack([S.det() / S[rest][:, rest].det() for i in range(25) for rest in [[j for j in range(25) if j != i]]])
+    others = [[j for j in range(25) if j != i] for i in range(25)]
+    determinants = torch.stack([S.det() / S[rest][:, rest].det() for rest in others])
     err2 = nk.covlasso(S, lam_ratio=1e-9, tol=1e-12).err2
     torch.testing.assert_close(err2, schur, rtol=1e-6, atol=0)
     torch.testing.assert_close(err2, determinants, rtol=1e-6, atol=0)
@@ -462,7 +496,7 @@ def test_T9_scale_and_permutation():
 
 
 def test_T10_screening_is_safe():
-    """2 tau |rho_j| + 2 sqrt(S_jj gap) < lam for some theta implies theta*_j = 0 (3.8), from 200 perturbed solutions."""
+    """2 tau |rho_j| + 2 sqrt(S_jj gap) < lam for some theta implies theta*_j = 0 (3.8); 200 perturbed solutions."""
     discarded = 0
     for seed in range(50):
         S = make.low_rank(30, 8, seed=500 + seed, noise=0.2, samples=200)
@@ -486,7 +520,8 @@ def test_T15_between_networks():
     Q = torch.zeros(n, n, dtype=F64)
     for column in range(n):
         rows = torch.randperm(n, generator=generator)[:3]
-        Q[rows, column] = (0.4 + torch.rand(3, generator=generator, dtype=F64)) * (torch.randint(0, 2, (3,), generator=generator) * 2 - 1)
+        size, sign = torch.rand(3, generator=generator, dtype=F64), torch.randint(0, 2, (3,), generator=generator)
+        Q[rows, column] = (0.4 + size) * (2 * sign - 1)
     f1 = f2 @ Q + 0.05 * torch.randn(4000, n, generator=generator, dtype=F64)
     joint = make.covariance_of(torch.cat([f1, f2], 1))
     candidates = torch.arange(2 * n) >= n
@@ -497,11 +532,11 @@ def test_T15_between_networks():
     assert (theta[:, :n] == 0).all()
     X, y = (f2 - f2.mean(0)).numpy(), (f1 - f1.mean(0)).numpy()
     for i in (0, 13, 29):
-        direct = Lasso(alpha=solution.lam[i].item() / 2, fit_intercept=False, tol=1e-13, max_iter=100_000).fit(X, y[:, i])
-        np.testing.assert_allclose(theta[i, n:].numpy(), direct.coef_, atol=1e-6)
+        direct = Lasso(alpha=solution.lam[i].item() / 2, fit_intercept=False, tol=1e-13, max_iter=100_000)
+        np.testing.assert_allclose(theta[i, n:].numpy(), direct.fit(X, y[:, i]).coef_, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------- candidates, penalties, targets
+# --------------------------------------------------------------------------------------- candidates, penalties, targets
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -523,6 +558,16 @@ def test_candidates_equal_the_smaller_problem(dtype):
                 torch.testing.assert_close(solution.dense()[i][keep[1:]], small.dense()[0, 1:], rtol=0, atol=1e-9)
 
 
+def test_the_target_is_never_its_own_predictor():
+    S = make.mixed(12, seed=69)
+    own = torch.eye(12, dtype=torch.bool)
+    shared = torch.rand(12, generator=torch.Generator().manual_seed(4)) < 0.5
+    shared[:2] = True
+    expected = nk.covlasso(S, lam_ratio=0.05, candidates=(shared & ~own))
+    assert torch.equal(nk.covlasso(S, lam_ratio=0.05, candidates=(shared | own)).dense(), expected.dense())
+    assert torch.equal(nk.covlasso(S, lam_ratio=0.05, candidates=shared).dense(), expected.dense())
+
+
 def test_candidates_rows_follow_the_targets():
     S = make.mixed(12, seed=71)
     candidates = torch.zeros(2, 12, dtype=torch.bool)
@@ -534,11 +579,15 @@ def test_candidates_rows_follow_the_targets():
 def test_empty_candidates():
     """Nothing may be used: the documented result is the empty support, not an error."""
     S = make.mixed(6, seed=72)
-    for candidates in (torch.zeros(6, dtype=torch.bool), torch.eye(6, dtype=torch.bool)):
-        solution = nk.covlasso(S, lam_ratio=0.2, candidates=candidates)
-        assert solution.n_nonzero.tolist() == [0] * 6
-        assert solution.status_names == ["converged"] * 6
-        assert torch.equal(solution.err2, S.diagonal())
+    for candidates in (~flags(6), torch.eye(6, dtype=torch.bool)):
+        for solution in (
+            nk.covlasso(S, lam_ratio=0.2, candidates=candidates),
+            nk.covlasso(S, 0.2, candidates=candidates),
+        ):
+            assert solution.n_nonzero.tolist() == [0] * 6
+            assert solution.status_names == ["converged"] * 6
+            assert torch.equal(solution.err2, S.diagonal())
+            assert solution.duality_gap.abs().max() <= 1e-12
         assert nk.lambda_max(S, candidates=candidates).tolist() == [0.0] * 6
 
 
@@ -595,7 +644,8 @@ def test_target_forms():
     every = nk.covlasso(S, lam_ratio=0.1)
     assert every.targets.tolist() == list(range(20))
     assert every.targets.dtype == torch.int64
-    for targets in ([7, 3, 19], (7, 3, 19), torch.tensor([7, 3, 19]), torch.tensor([7, 3, 19], dtype=torch.int32), np.array([7, 3, 19])):
+    wanted = torch.tensor([7, 3, 19])
+    for targets in ([7, 3, 19], (7, 3, 19), wanted, wanted.int(), wanted.numpy()):
         some = nk.covlasso(S, lam_ratio=0.1, targets=targets)
         assert some.targets.tolist() == [7, 3, 19]
         assert torch.equal(some.dense(), every.dense()[[7, 3, 19]])
@@ -642,12 +692,24 @@ def test_tol_is_honoured(dtype):
         certify(S, nk.covlasso(S, lam_ratio=0.02, tol=tol), tol)
 
 
-# -------------------------------------------------------------------------------------- determinism and environment
+# ------------------------------------------------------------------------------------------ determinism and environment
+
+
+ROWS = (
+    "lam",
+    "lambda_max",
+    "err2",
+    "relative_error",
+    "n_nonzero",
+    "duality_gap",
+    "kkt_violation",
+    "n_pivots",
+    "status",
+)
 
 
 def rows(solution) -> dict[str, Tensor]:
-    names = ("lam", "err2", "relative_error", "n_nonzero", "duality_gap", "kkt_violation", "n_pivots", "status")
-    return {"theta": solution.dense()} | {name: getattr(solution, name) for name in names}
+    return {"theta": solution.dense()} | {name: getattr(solution, name) for name in ROWS}
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -678,37 +740,38 @@ def test_T11_threads_and_repeats():
 
 
 LEVEL_SCRIPT = """
-import json, sys, torch
+import sys, torch
 import neuraldeps_kernels as nk
 problems, out = torch.load(sys.argv[1], weights_only=True), []
 for S, ratio in problems:
     solution = nk.covlasso(S, lam_ratio=ratio, tol=1e-6 if S.dtype == torch.float32 else 1e-12)
     out.append((solution.dense(), solution.lam, solution.status))
 torch.save(out, sys.argv[2])
-print(json.dumps(list(torch.ops.neuraldeps.cpu_levels())))
+print(torch.ops.neuraldeps.cpu_levels()[2])
 """
 
 
-def test_T11_every_cpu_level(tmp_path):
+def test_T11_every_cpu_level(cpu_levels, run_python, tmp_path):
     """Each instruction-set level this processor runs, in its own process, against the oracle."""
     covariances = [make.clustered(70, 90, seed=92), make.low_rank(45, 9, seed=93), make.mixed(33, seed=94)]
     problems = [(S.to(dtype), ratio) for S in covariances for dtype in (F32, F64) for ratio in (0.3, 0.02)]
     torch.save(problems, tmp_path / "problems.pt")
-    available = [level for level in torch.ops.neuraldeps.cpu_levels()[1].replace(",", " ").split() if level]
-    assert available
-    for level in available:
-        done = subprocess.run(
-            [sys.executable, "-c", LEVEL_SCRIPT, str(tmp_path / "problems.pt"), str(tmp_path / "out.pt")],
-            env=os.environ | {"NEURALDEPS_CPU_LEVEL": level}, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+    assert cpu_levels
+    expected = {}
+    for level in cpu_levels:
+        files = str(tmp_path / "problems.pt"), str(tmp_path / "out.pt")
+        done = run_python(LEVEL_SCRIPT, *files, NEURALDEPS_CPU_LEVEL=level)
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)[2] == level
-        for (S, _), (theta, lam, status) in zip(problems, torch.load(tmp_path / "out.pt", weights_only=True), strict=True):
-            assert (status == 0).all()
-            assert reference.kkt_violation(S, theta, everyone(S), lam).max() <= TOLERANCE[S.dtype]
-            error = reference.err2(S, reference.covlasso(S, everyone(S), lam), everyone(S))
+        assert done.stdout.split() == [level]
+        for p, (theta, lam, status) in enumerate(torch.load(files[1], weights_only=True)):
+            S = problems[p][0]
+            targets, tol = everyone(S), TOLERANCE[S.dtype]
+            assert (status == 0).all(), level
+            assert reference.kkt_violation(S, theta, targets, lam).max() <= tol, level
+            if p not in expected:
+                expected[p] = reference.err2(S, reference.covlasso(S, targets, lam), targets)
             bound = (1e-5 if S.dtype == F32 else 1e-9) * S.diagonal().double()
-            assert (reference.err2(S, theta, everyone(S)) - error).abs().le(bound).all()
+            assert (reference.err2(S, theta, targets) - expected[p]).abs().le(bound).all(), level
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -719,10 +782,12 @@ def test_layouts(dtype):
     wide = torch.zeros(42, 63, dtype=dtype)
     wide[::2, ::3] = S
     storage = torch.cat([torch.zeros(1, dtype=dtype), S.flatten()])
-    constant = torch.ones(1, 1, dtype=dtype).expand(5, 5)
+    ones = torch.ones(1, 1, dtype=dtype).expand(5, 5)
     for view in (S.T, wide[::2, ::3], storage[1:].view(21, 21)):
         assert torch.equal(nk.covlasso(view, lam_ratio=0.1).dense(), expected)
-    assert torch.equal(nk.covlasso(constant, lam_ratio=0.1).dense(), nk.covlasso(constant.contiguous(), lam_ratio=0.1).dense())
+    assert torch.equal(
+        nk.covlasso(ones, lam_ratio=0.1).dense(), nk.covlasso(torch.ones(5, 5).to(dtype), lam_ratio=0.1).dense()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -733,6 +798,17 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(half.dense(), single.dense())
     assert torch.equal(half.err2, single.err2)
     assert recomputed_violation(S.float(), half).max() <= 1e-6
+
+
+def test_rounding_asymmetry_is_averaged():
+    """A covariance that differs from its mirror image by rounding is solved as the mean of the two."""
+    S = make.mixed(24, seed=99)
+    other = S + 1e-7 * make.normal(24, 24, seed=98).triu(1)
+    mean = (other + other.T) / 2
+    lam = 0.1 * reference.lambda_max(mean, everyone(S))
+    solution = nk.covlasso(other, lam, tol=1e-12)
+    torch.testing.assert_close(solution.dense(), nk.covlasso(mean, lam, tol=1e-12).dense(), rtol=0, atol=1e-9)
+    certify(mean, solution, 1e-12)
 
 
 def test_autocast_does_not_lower_the_precision():
@@ -753,7 +829,7 @@ def test_arguments_are_left_alone():
         assert torch.equal(now, then)
 
 
-# --------------------------------------------------------------------------------------------------- the solution object
+# -------------------------------------------------------------------------------------------------- the solution object
 
 
 def test_solution_object():
@@ -772,7 +848,7 @@ def test_solution_object():
         assert solution.targets[t] not in row
     assert (value != 0).all()
     assert torch.equal(coefficients.to_dense(), solution.dense())
-    for name in ("lam", "err2", "relative_error", "n_nonzero", "duality_gap", "kkt_violation", "n_pivots", "status", "targets"):
+    for name in (*ROWS, "targets"):
         assert getattr(solution, name).shape == (3,), name
     with pytest.raises(AttributeError):
         solution.lam = None
@@ -821,6 +897,19 @@ def good() -> Tensor:
     return make.mixed(5, seed=110)
 
 
+def flags(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def solve(*arguments, **keywords) -> Callable[[], object]:
+    """A call on the good covariance with lam = 0.1, unless `arguments` says otherwise."""
+    return lambda: nk.covlasso(good(), *(arguments or (0.1,)), **keywords)
+
+
+def solve_cov(cov) -> Callable[[], object]:
+    return lambda: nk.covlasso(cov, 0.1)
+
+
 def changed(row: int, column: int, value: float) -> Tensor:
     S = good()
     S[row, column] = S[column, row] = value
@@ -834,54 +923,53 @@ def asymmetric() -> Tensor:
 
 
 BAD_INPUT: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
-    "not square": (ValueError, "cov", lambda: nk.covlasso(good()[:, :4], 0.1)),
-    "one dimension": (ValueError, "cov", lambda: nk.covlasso(good()[0], 0.1)),
-    "batched": (ValueError, "cov", lambda: nk.covlasso(good()[None], 0.1)),
-    "n = 0": (ValueError, "cov", lambda: nk.covlasso(torch.zeros(0, 0), 0.1)),
-    "not symmetric": (ValueError, "cov", lambda: nk.covlasso(asymmetric(), 0.1)),
-    "nan": (ValueError, "cov", lambda: nk.covlasso(changed(1, 3, math.nan), 0.1)),
-    "nan on the diagonal": (ValueError, "cov", lambda: nk.covlasso(changed(2, 2, math.nan), 0.1)),
-    "inf": (ValueError, "cov", lambda: nk.covlasso(changed(0, 4, math.inf), 0.1)),
-    "negative variance": (ValueError, "cov", lambda: nk.covlasso(changed(2, 2, -1.0), 0.1)),
-    "integer cov": (TypeError, "cov", lambda: nk.covlasso(torch.eye(3, dtype=torch.int64), 0.1)),
-    "complex cov": (TypeError, "cov", lambda: nk.covlasso(torch.eye(3, dtype=torch.complex64), 0.1)),
-    "array cov": (TypeError, "cov", lambda: nk.covlasso(np.eye(3), 0.1)),
+    "not square": (ValueError, "cov", solve_cov(good()[:, :4])),
+    "one dimension": (ValueError, "cov", solve_cov(good()[0])),
+    "batched": (ValueError, "cov", solve_cov(good()[None])),
+    "n = 0": (ValueError, "cov", solve_cov(torch.zeros(0, 0))),
+    "not symmetric": (ValueError, "cov", solve_cov(asymmetric())),
+    "nan": (ValueError, "cov", solve_cov(changed(1, 3, math.nan))),
+    "nan on the diagonal": (ValueError, "cov", solve_cov(changed(2, 2, math.nan))),
+    "inf": (ValueError, "cov", solve_cov(changed(0, 4, math.inf))),
+    "inf in float16": (ValueError, "cov", solve_cov((1e6 * good()).half())),
+    "negative variance": (ValueError, "cov", solve_cov(changed(2, 2, -1.0))),
+    "integer cov": (TypeError, "cov", solve_cov(torch.eye(3, dtype=torch.int64))),
+    "complex cov": (TypeError, "cov", solve_cov(torch.eye(3, dtype=torch.complex64))),
+    "array cov": (TypeError, "cov", solve_cov(np.eye(3))),
     "no lam": (ValueError, "lam", lambda: nk.covlasso(good())),
-    "both": (ValueError, "lam", lambda: nk.covlasso(good(), 0.1, lam_ratio=0.1)),
-    "lam zero": (ValueError, "lam", lambda: nk.covlasso(good(), 0.0)),
-    "lam negative": (ValueError, "lam", lambda: nk.covlasso(good(), -1.0)),
-    "lam nan": (ValueError, "lam", lambda: nk.covlasso(good(), math.nan)),
-    "one lam negative": (ValueError, "lam", lambda: nk.covlasso(good(), torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0]))),
-    "lam of another length": (ValueError, "lam", lambda: nk.covlasso(good(), torch.ones(4))),
-    "lam matrix": (ValueError, "lam", lambda: nk.covlasso(good(), torch.ones(5, 1))),
-    "lam text": (TypeError, "lam", lambda: nk.covlasso(good(), "0.1")),
-    "ratio zero": (ValueError, "lam_ratio", lambda: nk.covlasso(good(), lam_ratio=0.0)),
-    "ratio negative": (ValueError, "lam_ratio", lambda: nk.covlasso(good(), lam_ratio=-0.1)),
-    "ratio of another length": (ValueError, "lam_ratio", lambda: nk.covlasso(good(), lam_ratio=torch.ones(3))),
-    "target too large": (ValueError, "targets", lambda: nk.covlasso(good(), 0.1, targets=[0, 5])),
-    "target negative": (ValueError, "targets", lambda: nk.covlasso(good(), 0.1, targets=[-1])),
-    "targets float": (TypeError, "targets", lambda: nk.covlasso(good(), 0.1, targets=torch.tensor([0.0, 1.0]))),
-    "targets bool": (TypeError, "targets", lambda: nk.covlasso(good(), 0.1, targets=torch.ones(5, dtype=torch.bool))),
-    "targets matrix": (ValueError, "targets", lambda: nk.covlasso(good(), 0.1, targets=torch.zeros(2, 2, dtype=torch.int64))),
-    "candidates length": (ValueError, "candidates", lambda: nk.covlasso(good(), 0.1, candidates=torch.ones(4, dtype=torch.bool))),
-    "candidates rows": (ValueError, "candidates", lambda: nk.covlasso(good(), 0.1, candidates=torch.ones(2, 5, dtype=torch.bool))),
-    "candidates float": (TypeError, "candidates", lambda: nk.covlasso(good(), 0.1, candidates=torch.ones(5))),
-    "candidates indices": (TypeError, "candidates", lambda: nk.covlasso(good(), 0.1, candidates=torch.tensor([0, 1, 2, 3, 4]))),
-    "penalty length": (ValueError, "penalty_factors", lambda: nk.covlasso(good(), 0.1, penalty_factors=torch.ones(4))),
-    "penalty zero": (ValueError, "penalty_factors", lambda: nk.covlasso(good(), 0.1, penalty_factors=torch.tensor([1.0, 0, 1, 1, 1]))),
-    "penalty negative": (ValueError, "penalty_factors", lambda: nk.covlasso(good(), 0.1, penalty_factors=-torch.ones(5))),
-    "penalty nan": (ValueError, "penalty_factors", lambda: nk.covlasso(good(), 0.1, penalty_factors=torch.full((5,), math.nan))),
-    "tol zero": (ValueError, "tol", lambda: nk.covlasso(good(), 0.1, tol=0.0)),
-    "tol negative": (ValueError, "tol", lambda: nk.covlasso(good(), 0.1, tol=-1e-6)),
-    "max_pivots zero": (ValueError, "max_pivots", lambda: nk.covlasso(good(), 0.1, max_pivots=0)),
+    "both": (ValueError, "lam", solve(0.1, lam_ratio=0.1)),
+    "lam zero": (ValueError, "lam", solve(0.0)),
+    "lam negative": (ValueError, "lam", solve(-1.0)),
+    "lam nan": (ValueError, "lam", solve(math.nan)),
+    "one lam negative": (ValueError, "lam", solve(torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0]))),
+    "lam of another length": (ValueError, "lam", solve(torch.ones(4))),
+    "lam matrix": (ValueError, "lam", solve(torch.ones(5, 1))),
+    "lam text": (TypeError, "lam", solve("0.1")),
+    "ratio zero": (ValueError, "lam_ratio", solve(None, lam_ratio=0.0)),
+    "ratio negative": (ValueError, "lam_ratio", solve(None, lam_ratio=-0.1)),
+    "ratio of another length": (ValueError, "lam_ratio", solve(None, lam_ratio=torch.ones(3))),
+    "target too large": (ValueError, "targets", solve(targets=[0, 5])),
+    "target negative": (ValueError, "targets", solve(targets=[-1])),
+    "targets float": (TypeError, "targets", solve(targets=torch.tensor([0.0, 1.0]))),
+    "targets bool": (TypeError, "targets", solve(targets=flags(5))),
+    "targets matrix": (ValueError, "targets", solve(targets=torch.zeros(2, 2, dtype=torch.int64))),
+    "candidates length": (ValueError, "candidates", solve(candidates=flags(4))),
+    "candidates rows": (ValueError, "candidates", solve(candidates=flags(2, 5))),
+    "candidates float": (TypeError, "candidates", solve(candidates=torch.ones(5))),
+    "candidates indices": (TypeError, "candidates", solve(candidates=torch.tensor([0, 1, 2, 3, 4]))),
+    "penalty length": (ValueError, "penalty_factors", solve(penalty_factors=torch.ones(4))),
+    "penalty zero": (ValueError, "penalty_factors", solve(penalty_factors=torch.tensor([1.0, 0, 1, 1, 1]))),
+    "penalty negative": (ValueError, "penalty_factors", solve(penalty_factors=-torch.ones(5))),
+    "penalty nan": (ValueError, "penalty_factors", solve(penalty_factors=torch.full((5,), math.nan))),
+    "tol zero": (ValueError, "tol", solve(tol=0.0)),
+    "tol negative": (ValueError, "tol", solve(tol=-1e-6)),
+    "max_pivots zero": (ValueError, "max_pivots", solve(max_pivots=0)),
     "lambda_max not square": (ValueError, "cov", lambda: nk.lambda_max(good()[:3])),
     "lambda_max target": (ValueError, "targets", lambda: nk.lambda_max(good(), [9])),
-    "lambda_max candidates": (ValueError, "candidates", lambda: nk.lambda_max(good(), candidates=torch.ones(4, dtype=torch.bool))),
-    "device of lam": (ValueError, "lam", lambda: nk.covlasso(good(), torch.ones(5, device="meta"))),
-    "device of candidates": (ValueError, "candidates", lambda: nk.covlasso(good(), 0.1, candidates=torch.ones(5, dtype=torch.bool, device="meta"))),
-    "predict width": (ValueError, "x", lambda: nk.covlasso(good(), 0.1).predict(torch.zeros(3, 4, dtype=F64))),
-    "predict mean": (ValueError, "mean", lambda: nk.covlasso(good(), 0.1).predict(torch.zeros(3, 5, dtype=F64), mean=torch.zeros(4, dtype=F64))),
-}  # fmt: skip
+    "lambda_max candidates": (ValueError, "candidates", lambda: nk.lambda_max(good(), candidates=flags(4))),
+    "predict width": (ValueError, "x", lambda: solve()().predict(torch.zeros(3, 4, dtype=F64))),
+    "predict mean": (ValueError, "mean", lambda: solve()().predict(torch.zeros(3, 5), mean=torch.zeros(4))),
+}
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
@@ -899,12 +987,13 @@ def test_single_category():
     assert nk.lambda_max(torch.tensor([[2.0]], dtype=F64)).tolist() == [0.0]
 
 
-# ------------------------------------------------------------------------------------- derivatives and torch's machinery
+# ------------------------------------------------------------------------------------ derivatives and torch's machinery
 
 
-def operator_theta(S: Tensor, lam: Tensor, targets: Tensor, penalty: Tensor | None = None, tol: float = 1e-13) -> Tensor:
-    """theta [T, n] from torch.ops.neuraldeps.covlasso, with nothing but differentiable operations around it."""
-    index, value, _, _ = torch.ops.neuraldeps.covlasso(S, targets, lam, penalty, tol, 100_000, max(1, S.shape[-1] - 1))
+def operator_theta(S: Tensor, lam: Tensor, targets: Tensor, penalty: Tensor | None = None, op=None) -> Tensor:
+    """theta [T, n] from torch.ops.neuraldeps.covlasso (or `op`), with only differentiable operations around it."""
+    op = op or torch.ops.neuraldeps.covlasso
+    value, index, _, _ = op(S, targets, lam, penalty, 1e-13, 100_000, max(1, S.shape[-1] - 1))
     return torch.zeros(len(targets), S.shape[-1], dtype=value.dtype).scatter_add(1, index.long(), value)
 
 
@@ -967,6 +1056,18 @@ def test_T12_gradient_through_the_solution():
     torch.testing.assert_close(through_solution.grad, through_operator.grad, rtol=1e-8, atol=1e-10)
 
 
+def test_T12_gradient_of_error_and_ratio():
+    """err2 at a fixed fraction of lambda_max: through coefficients, explicit covariance and lambda_max itself."""
+    targets = torch.tensor([0, 3, 5])
+    S, _ = away_from_kinks(7, 0.3, targets, 200)
+
+    def error_of(M: Tensor) -> tuple[Tensor, Tensor]:
+        solution = nk.covlasso((M + M.T) / 2, lam_ratio=0.3, targets=targets, tol=1e-13)
+        return solution.err2, nk.lambda_max((M + M.T) / 2, targets)
+
+    assert torch.autograd.gradcheck(error_of, (S.requires_grad_(),), eps=1e-6, atol=1e-6)
+
+
 def test_T12_gradient_of_zero_coefficients_is_zero():
     S = make.mixed(10, seed=125)
     targets = torch.tensor([4])
@@ -989,17 +1090,21 @@ def test_opcheck(dtype, penalised):
     S = make.mixed(9, seed=127).to(dtype).requires_grad_()
     lam = (0.2 * reference.lambda_max(S, everyone(S))).detach().requires_grad_()
     penalty = torch.linspace(0.5, 2, 9, dtype=dtype) if penalised else None
-    arguments = (S, everyone(S), lam, penalty, 1e-6 if dtype == F32 else 1e-12, 1000, 8)
-    torch.library.opcheck(torch.ops.neuraldeps.covlasso.default, arguments)
+    rest = (penalty, 1e-6 if dtype == F32 else 1e-12, 1000, 8)
+    op = torch.ops.neuraldeps.covlasso.default
+    torch.library.opcheck(op, (S.detach(), everyone(S), lam.detach(), *rest))
+    torch.library.opcheck(op, (S, everyone(S), lam, *rest))
+    torch.library.opcheck(torch.ops.neuraldeps.lambda_max.default, (S, everyone(S), penalty))
 
 
-def test_compile_is_one_graph():
+@pytest.mark.parametrize("op", [torch.ops.neuraldeps.covlasso, solve_targets], ids=["operator", "solve_targets"])
+def test_compile_is_one_graph(op):
     S = make.mixed(14, seed=128)
     targets = everyone(S)
     lam = 0.1 * nk.lambda_max(S)
 
     def loss(S: Tensor, lam: Tensor) -> Tensor:
-        return operator_theta((S + S.T) / 2, lam, targets).square().sum()
+        return operator_theta((S + S.T) / 2, lam, targets, op=op).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     plain, other = S.clone().requires_grad_(), S.clone().requires_grad_()
@@ -1010,17 +1115,28 @@ def test_compile_is_one_graph():
     torch.testing.assert_close(other.grad, plain.grad)
 
 
-def test_vmap_equals_a_loop():
+@pytest.mark.parametrize("op", [torch.ops.neuraldeps.covlasso, solve_targets], ids=["operator", "solve_targets"])
+def test_vmap_equals_a_loop(op):
+    """Over the covariance and lam, over each alone, and over the targets."""
     stack = torch.stack([make.mixed(11, seed=s) for s in (130, 131, 132)])
     targets = torch.tensor([0, 4, 10])
     lam = torch.stack([0.1 * reference.lambda_max(S, targets) for S in stack])
-    both = torch.vmap(lambda S, l: torch.ops.neuraldeps.covlasso(S, targets, l, None, 1e-12, 1000, 10))(stack, lam)
-    shared = torch.vmap(lambda S: torch.ops.neuraldeps.covlasso(S, targets, lam[0], None, 1e-12, 1000, 10))(stack)
-    by_lam = torch.vmap(lambda l: torch.ops.neuraldeps.covlasso(stack[0], targets, l, None, 1e-12, 1000, 10))(lam)
-    for b in range(3):
-        for mapped, S, l in ((both, stack[b], lam[b]), (shared, stack[b], lam[0]), (by_lam, stack[0], lam[b])):
-            single = torch.ops.neuraldeps.covlasso(S, targets, l, None, 1e-12, 1000, 10)
-            for got, expected in zip(mapped, single, strict=True):
+    which = torch.tensor([[0, 4, 10], [1, 2, 3], [9, 9, 0]])
+
+    def call(S: Tensor, targets: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
+        return op(S, targets, lam, None, 1e-12, 1000, 10)
+
+    for dims, arguments in (
+        ((0, None, 0), (stack, targets, lam)),
+        ((0, None, None), (stack, targets, lam[0])),
+        ((None, None, 0), (stack[0], targets, lam)),
+        ((None, 0, None), (stack[0], which, lam[0])),
+        ((2, None, 1), (stack.movedim(0, 2), targets, lam.T)),
+    ):
+        mapped = torch.vmap(call, in_dims=dims)(*arguments)
+        for b in range(3):
+            single = [x if dim is None else x.select(dim, b) for x, dim in zip(arguments, dims, strict=True)]
+            for got, expected in zip(mapped, call(*single), strict=True):
                 assert torch.equal(got[b], expected)
 
 
@@ -1030,7 +1146,7 @@ def test_func_grad_and_per_sample_gradients():
     lam = 0.1 * reference.lambda_max(stack[0], targets)
 
     def loss(S: Tensor) -> Tensor:
-        return operator_theta(S, lam, targets).square().sum()
+        return operator_theta(S, lam, targets, op=solve_targets).square().sum()
 
     together = torch.vmap(torch.func.grad(loss))(stack)
     for S, got in zip(stack, together, strict=True):
@@ -1044,7 +1160,7 @@ def test_operator_output_layout():
     """Rows beyond `count` are zero, indices increase, info holds six float64 numbers a target."""
     S = make.mixed(13, seed=135).float()
     lam = 0.2 * reference.lambda_max(S, everyone(S))
-    index, value, count, info = torch.ops.neuraldeps.covlasso(S, everyone(S), lam, None, 1e-6, 1000, 12)
+    value, index, count, info = torch.ops.neuraldeps.covlasso(S, everyone(S), lam, None, 1e-6, 1000, 12)
     assert index.dtype == count.dtype == torch.int32
     assert value.dtype == F32
     assert info.dtype == F64
@@ -1071,7 +1187,7 @@ def test_operator_capacity_overflow_is_capped():
     assert (cut[2] <= 3).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ properties
+# ----------------------------------------------------------------------------------------------------------- properties
 
 PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -1116,7 +1232,8 @@ def test_property_equivariant(n, seed, ratio):
     theta = nk.covlasso(S, lam_ratio=ratio, tol=1e-12).dense()
     condition = torch.linalg.cond(S).item()
     near = {"rtol": 0, "atol": 1e-11 * condition + 1e-12}
-    torch.testing.assert_close(nk.covlasso(S[order][:, order], lam_ratio=ratio, tol=1e-12).dense(), theta[order][:, order], **near)
+    permuted = nk.covlasso(S[order][:, order], lam_ratio=ratio, tol=1e-12).dense()
+    torch.testing.assert_close(permuted, theta[order][:, order], **near)
     torch.testing.assert_close(nk.covlasso(unit * S, lam_ratio=ratio, tol=1e-12).dense(), theta, **near)
     flipped = nk.covlasso(sign[:, None] * S * sign, lam_ratio=ratio, tol=1e-12).dense()
     torch.testing.assert_close(flipped, sign[:, None] * theta * sign, **near)
@@ -1152,13 +1269,13 @@ def test_property_screening_and_support_bound(S, ratio, noise, seed):
     assert (unpinned <= 4 * solution.err2 * largest / solution.lam**2 * (1 + 1e-6) + 1e-6).all()
 
 
-# ------------------------------------------------------------------------------------------------------------- real data
+# ------------------------------------------------------------------------------------------------------------ real data
 
 
 @pytest.mark.parametrize(("ratio", "median_support"), [(0.2, 20), (0.1, 57), (0.05, 126), (0.01, 380)])
 def test_real_logits(ratio, median_support):
-    """Covariance of the logits of a real network, 40 targets: certified in float32, supports as large as real ones are."""
-    S = real_covariance().float()
+    """Covariance of the logits of a real network, 40 targets: certified in float32, supports as large as real ones."""
+    S = load_imagenet_covariance().lite0
     targets = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:40]
     solution = nk.covlasso(S, lam_ratio=ratio, targets=targets)
     certify(S, solution, 1e-6)
@@ -1166,10 +1283,6 @@ def test_real_logits(ratio, median_support):
     oracle = reference.covlasso(S, targets[:6], solution.lam[:6], tol=1e-10)
     error = reference.err2(S, oracle, targets[:6])
     assert (solution.err2[:6] - error).abs().le(1e-5 * S.double().diagonal()[targets[:6]]).all()
-
-
-def real_covariance() -> Tensor:
-    raise NotImplementedError
 
 
 # ------------------------------------------------------------------------------------------------------------------ GPU
@@ -1186,6 +1299,18 @@ def test_T11_gpu_equals_cpu(dtype):
         violation = reference.kkt_violation(S.cuda(), gpu.dense(), gpu.targets, gpu.lam)
         assert violation.max() <= TOLERANCE[dtype]
         assert (gpu.err2.cpu() - cpu.err2).abs().le(1e-5 * S.diagonal()).all()
+
+
+@pytest.mark.gpu
+def test_small_arguments_move_to_the_device_of_cov():
+    S = make.mixed(20, seed=142)
+    arguments = {"targets": [3, 5], "candidates": flags(20), "penalty_factors": torch.ones(20)}
+    solution = nk.covlasso(S.cuda(), torch.ones(2), **arguments)
+    assert solution.coefficients.is_cuda
+    assert solution.err2.is_cuda
+    torch.testing.assert_close(
+        solution.dense().cpu(), nk.covlasso(S, torch.ones(2), **arguments).dense(), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.gpu

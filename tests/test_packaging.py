@@ -1,4 +1,4 @@
-"""The build script's answers to a wrong environment, what is in the binaries and the wheel, and what importing costs."""
+"""The build script's answers to a wrong environment, what the binaries and the wheel hold, what importing costs."""
 
 from __future__ import annotations
 
@@ -204,6 +204,23 @@ class TestRebuilding:
         assert step().is_stale()
 
 
+def symbols_outside(compiled: Path, level: str) -> list[str]:
+    """Symbols of an object that the linker may take from, or give to, the object of another instruction-set level.
+
+    Those are the weak ones (inline functions, template instantiations: one copy of all is kept, and an old machine
+    could meet AVX-512 code at its baseline) and exported ones outside of the namespace of the level.
+    """
+    listing = subprocess.run(["nm", "--defined-only", compiled], capture_output=True, text=True, check=True).stdout
+    found = []
+    for line in listing.splitlines():
+        kind, name = line.split()[-2:]
+        # DW.ref.*: the pointer to the unwinder's routine, the same at every level.
+        weak = kind in "VWuvw" and not name.startswith("DW.ref.")
+        if weak or (kind.isupper() and kind not in "VW" and level not in name):
+            found.append(name)
+    return sorted(found)
+
+
 class TestInstructionSetLevels:
     def test_every_level_can_be_forced_and_gives_the_same_result(self, run_python, cpu_levels):
         results = {}
@@ -237,20 +254,18 @@ _native.cpu_levels()
         assert "ValueError: NEURALDEPS_CPU_LEVEL='avx1024'" in result.stderr
 
     def test_levels_share_no_symbol(self, build, monkeypatch):
-        """A weak symbol of two levels is merged by the linker: an old machine could run AVX-512 code at its baseline."""
         monkeypatch.setenv("NEURALDEPS_CUDA", "0")
         steps = [step for step in build.Binaries().cpu() if not step.stem.endswith("dispatch")]
         build.run_stale(steps)
         for step in steps:
-            listing = subprocess.run(["nm", "--defined-only", step.output], capture_output=True, text=True, check=True)
-            symbols = [line.split()[-2:] for line in listing.stdout.splitlines()]
-            assert symbols, step.stem
-            # DW.ref.*: the pointer to the unwinder's routine, the same at every level.
-            weak = [name for kind, name in symbols if kind in "VWuvw" and not name.startswith("DW.ref.")]
-            assert not weak, f"{step.stem}: weak symbols {weak}"
-            level = step.stem.split("/")[1]
-            foreign = [name for kind, name in symbols if kind.isupper() and kind not in "VW" and level not in name]
-            assert not foreign, f"{step.stem}: exported outside of the namespace of its level: {foreign}"
+            assert not symbols_outside(step.output, level=step.stem.split("/")[1]), step.stem
+
+    def test_a_shared_symbol_is_found(self, tmp_path):
+        source, output = tmp_path / "a.cpp", tmp_path / "a.o"
+        source.write_text("inline int twice(int x) { return 2 * x; }\nnamespace avx2 { int (*f)(int) = twice; }\n")
+        subprocess.run(["g++", "-c", source, "-o", output], check=True)
+        assert symbols_outside(output, level="avx2") == ["_Z5twicei"]
+        assert symbols_outside(output, level="baseline") == ["_Z5twicei", "_ZN4avx21fE"]
 
 
 class TestBinaries:
@@ -350,6 +365,7 @@ class TestWheel:
         wheel = build_wheel(ROOT, tmp_path)
         assert files_of(wheel) == expected_files(_info.collect()["build"]["cuda"] is not None)
         assert wheel.stat().st_size <= MAX_WHEEL_BYTES
+        assert wheel.name.startswith(f"neuraldeps_kernels-{neuraldeps_kernels.__version__}-")
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
             (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))

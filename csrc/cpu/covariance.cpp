@@ -36,13 +36,16 @@ constexpr int64_t kPivotRows = 64;
 constexpr int64_t kMinTasks = 16;
 constexpr int kPackRows = 8;  // rows packed together: their column sums share one conversion to float64
 
+// Float32 data with a large offset lie on a coarse grid; so do their squares, which then round to one side in a float32
+// sum. A factor off every grid makes that rounding random again. float64 has digits to spare.
+template <class T>
+constexpr T kSpread = sizeof(T) == 4 ? T(0.7236068) : T(1);
+
 struct Bfloat16 {
   uint16_t bits;
-  static constexpr int kDigits = 8;  // of the significand
 };
 struct Float16 {
   uint16_t bits;
-  static constexpr int kDigits = 11;
 };
 
 ND_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -180,73 +183,81 @@ struct Tile {
 
 // ------------------------------------------------------------------------------------------------ pivot
 
-// One step of the pivot: sum += row, in float64.
+// One step of the pivot: sum += weight (row - first) in float64.
 template <class T, class In>
-void add_row(double* sum, const In* row, int64_t n) {
+void add_row(double* sum, const In* row, const In* first, T weight, int64_t n) {
   constexpr int W = Vec<T>::W;
   int64_t c = 0;
-  for (; c + W <= n; c += W) add_to(sum + c, load_as<T>(row + c));
-  if (c < n) add_to(sum + c, load_part_as<T>(row + c, n - c));
+  for (; c + W <= n; c += W) add_to(sum + c, weight * (load_as<T>(row + c) - load_as<T>(first + c)));
+  if (c < n) add_to(sum + c, weight * (load_part_as<T>(row + c, n - c) - load_part_as<T>(first + c, n - c)));
 }
 
-// A pivot on the grid of the input makes differences of 16-bit inputs short, and their products and sums nearly exact.
-template <class T, class In>
-T on_grid_of(double x) {
-  if constexpr (sizeof(In) == 2) {
-    const float value = static_cast<float>(x), shifted = value * static_cast<float>((1 << (24 - In::kDigits)) + 1);
-    return shifted - (shifted - value);
-  } else {
-    return static_cast<T>(x);
-  }
-}
-
-// Sets W and the pivot: the mean of at most kPivotRows rows of positive weight, evenly spread.
+// Sets W and the pivot: the weighted mean of about kPivotRows rows of positive weight, evenly spread. It is taken
+// relative to the first of them: a constant column is its own pivot exactly, and its variance exactly 0.
 template <class T, class In>
 void start(const MomentsArgs& args) {
   const Layout<T> at(args);
-  int64_t used = 0;
+  const auto weight_of = [&](int64_t r) { return args.weights ? args.weights[r] : 1.0; };
   double weight_sum = 0;
-  for (int64_t r = 0; args.weights && r < args.rows; r++) {
-    weight_sum += args.weights[r];
-    used += args.weights[r] != 0;
-  }
-  if (!args.weights) {
-    used = args.rows;
-    weight_sum = static_cast<double>(args.rows);
+  int64_t used = 0;
+  for (int64_t r = 0; r < args.rows; r++) {
+    weight_sum += weight_of(r);
+    used += weight_of(r) != 0;
   }
   *args.weight_sum = weight_sum;
 
-  double* sum = at.sums;  // zeroed here for the products, lent to the pivot before
-  std::memset(sum, 0, static_cast<size_t>(at.slabs * at.padded) * sizeof(double));
-  const int64_t step = larger(1, used / kPivotRows);
-  int64_t seen = 0, taken = 0;
-  for (int64_t r = 0; r < args.rows && taken < kPivotRows; r++) {
-    if (args.weights && args.weights[r] == 0) continue;
-    if (seen++ % step) continue;
-    add_row<T>(sum, static_cast<const In*>(args.x) + r * args.row_stride, args.n);
-    taken++;
+  std::memset(at.pivot, 0, static_cast<size_t>(at.padded) * sizeof(T));
+  std::memset(at.sums, 0, static_cast<size_t>(at.slabs * at.padded) * sizeof(double));
+  double* sum = at.block_sums;
+  std::memset(sum, 0, static_cast<size_t>(at.padded) * sizeof(double));
+  const In* first = nullptr;
+  const int64_t step = ceil_div(used, kPivotRows);
+  double taken = 0;
+  for (int64_t r = 0, seen = 0; r < args.rows; r++) {
+    if (weight_of(r) == 0 || seen++ % step) continue;
+    const In* row = static_cast<const In*>(args.x) + r * args.row_stride;
+    if (!first) first = row;
+    add_row<T>(sum, row, first, static_cast<T>(weight_of(r)), args.n);
+    taken += weight_of(r);
   }
-  for (int64_t c = 0; c < at.padded; c++) {
-    at.pivot[c] = c < args.n && taken ? on_grid_of<T, In>(sum[c] / static_cast<double>(taken)) : T(0);
-    sum[c] = 0;
+  if (!first) return;
+  constexpr int W = Vec<T>::W;
+  for (int64_t c = 0; c < args.n; c += W) {
+    const int64_t count = smaller(W, args.n - c);
+    const typename Vec<T>::t base = load_part_as<T>(first + c, count);
+    for (int64_t i = 0; i < count; i++) at.pivot[c + i] = base[i] + static_cast<T>(sum[c + i] / taken);
   }
 }
 
 // ------------------------------------------------------------------------------------------------ pack
 
-// y_r = scale_r (x_r - p) of R rows and W columns, and their share of sum_r w_r (x_r - p).
+// Factors of a group of rows.
+template <class T>
+struct RowFactors {
+  T product[kPackRows];  // kSpread sqrt(w): y = product (x - p)
+  T sum[kPackRows];      // sqrt(w) / kSpread: w (x - p) = sum y
+
+  void set(int r, double weight) {
+    const double root = __builtin_sqrt(weight);
+    product[r] = static_cast<T>(root * kSpread<T>);
+    sum[r] = static_cast<T>(root / kSpread<T>);
+  }
+};
+
+// y of R rows and W columns, and their share of sum_r w_r (x_r - p).
 template <class T, int R, bool kWeighted, class Load>
-ND_INLINE void pack_group(Load load_row, typename Vec<T>::t pivot, const T* scale, T* packed, double* sums) {
+ND_INLINE void pack_group(Load load_row, typename Vec<T>::t pivot, const RowFactors<T>& factors, T* packed,
+                          double* sums) {
   typename Vec<T>::t y[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
-    if constexpr (kWeighted) {
-      y[r] = scale[r] == 0 ? typename Vec<T>::t{} : (load_row(r) - pivot) * scale[r];
+    if (kWeighted && factors.product[r] == 0) {
+      y[r] = typename Vec<T>::t{};
     } else {
-      y[r] = load_row(r) - pivot;
+      y[r] = (load_row(r) - pivot) * factors.product[r];
     }
     store(packed + r * Panel<T>::P, y[r]);
-    if constexpr (kWeighted) y[r] *= scale[r];
+    y[r] *= factors.sum[r];
   }
 #pragma GCC unroll 3
   for (int width = R / 2; width; width /= 2) {
@@ -258,8 +269,8 @@ ND_INLINE void pack_group(Load load_row, typename Vec<T>::t pivot, const T* scal
 
 // Packs R rows of one block from row `first` of it on.
 template <class T, int R, bool kWeighted, class In>
-void pack_rows(const Layout<T>& at, const In* x, int64_t row_stride, const T* scale, int64_t block_of_chunk,
-               int64_t first) {
+void pack_rows(const Layout<T>& at, const In* x, int64_t row_stride, const RowFactors<T>& factors,
+               int64_t block_of_chunk, int64_t first) {
   constexpr int W = Panel<T>::W, P = Panel<T>::P;
   double* sums = at.block_sums + block_of_chunk * at.padded;
   T* panel = at.panel(block_of_chunk, 0) + first * P;
@@ -270,10 +281,10 @@ void pack_rows(const Layout<T>& at, const In* x, int64_t row_stride, const T* sc
       const typename Vec<T>::t pivot = load(at.pivot + c + v);
       double* sum = sums + c + v;
       if (left >= W) {
-        pack_group<T, R, kWeighted>([=](int r) { return load_as<T>(from + r * row_stride); }, pivot, scale, panel + v,
+        pack_group<T, R, kWeighted>([=](int r) { return load_as<T>(from + r * row_stride); }, pivot, factors, panel + v,
                                     sum);
       } else {
-        pack_group<T, R, kWeighted>([=](int r) { return load_part_as<T>(from + r * row_stride, left); }, pivot, scale,
+        pack_group<T, R, kWeighted>([=](int r) { return load_part_as<T>(from + r * row_stride, left); }, pivot, factors,
                                     panel + v, sum);
       }
     }
@@ -285,19 +296,19 @@ void pack_block(const MomentsArgs& args, const Layout<T>& at, int64_t block, int
   const int64_t rows = at.rows_in(block, args.rows);
   const In* x = static_cast<const In*>(args.x) + block * kBlockRows * args.row_stride;
   std::memset(at.block_sums + block_of_chunk * at.padded, 0, static_cast<size_t>(at.padded) * sizeof(double));
-  T scale[kPackRows] = {};
+  RowFactors<T> factors;
+  for (int r = 0; r < kPackRows; r++) factors.set(r, 1);
   for (int64_t r = 0; r < rows;) {
     const bool full = r + kPackRows <= rows;
     const int group = full ? kPackRows : 1;
     if constexpr (kWeighted) {
-      const double* w = args.weights + block * kBlockRows + r;
-      for (int g = 0; g < group; g++) scale[g] = static_cast<T>(__builtin_sqrt(w[g]));
+      for (int g = 0; g < group; g++) factors.set(g, args.weights[block * kBlockRows + r + g]);
     }
     const In* from = x + r * args.row_stride;
     if (full) {
-      pack_rows<T, kPackRows, kWeighted>(at, from, args.row_stride, scale, block_of_chunk, r);
+      pack_rows<T, kPackRows, kWeighted>(at, from, args.row_stride, factors, block_of_chunk, r);
     } else {
-      pack_rows<T, 1, kWeighted>(at, from, args.row_stride, scale, block_of_chunk, r);
+      pack_rows<T, 1, kWeighted>(at, from, args.row_stride, factors, block_of_chunk, r);
     }
     r += group;
   }
@@ -437,6 +448,7 @@ void finish(const MomentsArgs& args, int64_t begin, int64_t end) {
   const Layout<T> at(args);
   const int64_t n = at.n;
   const double weight = *args.weight_sum;
+  const double unspread = 1 / (static_cast<double>(kSpread<T>) * kSpread<T>);
   double d_row[kTile], d_column[kTile];
   for (int64_t task = begin; task < end; task++) {
     const Tile tile(task);
@@ -453,7 +465,8 @@ void finish(const MomentsArgs& args, int64_t begin, int64_t end) {
         for (int64_t i = i0; i < i_end; i++) row[i] += more[i];
       }
       const double shift = weight * d_row[j - j0];
-      for (int64_t i = i0; i < i_end; i++) row[i] -= shift * d_column[i - i0];
+      for (int64_t i = i0; i < i_end; i++) row[i] = row[i] * unspread - shift * d_column[i - i0];
+      if (tile.row == tile.column && row[j] < 0) row[j] = 0;  // rounding of a variance far below the squared shift
     }
     for (int64_t i = i0; i < smaller(n, i0 + kTile); i++) {
       for (int64_t j = larger(j0, i + 1); j < j_end; j++) args.moment[i * n + j] = args.moment[j * n + i];

@@ -12,8 +12,8 @@
 //      a full block. Only blocks from the first changed one are factored again; survivors behind it are ordered by
 //      falling |w|, so that later drops hit late blocks;
 //   4. no flip and no violator: the pass of step 2 is the certificate. A residual on A above tolerance is refined.
-// While the active set and its violators are few, steps 1-3 run on a gathered sub-matrix. After 60 iterations single
-// pivots with a step to the first sign change guard termination (the objective falls at each). No cap on the support.
+// While the active set and its violators are few, steps 1-3 run on a gathered sub-matrix. What is not solved after 60
+// steps starts over with single pivots, which end for any positive semidefinite S. No cap on the support.
 //
 // Floor per target: one certifying pass, n k multiply-adds over 4 n k bytes of rows out of L2, and k^3 / 3 flops of
 // factorisation. Memory per thread: k^2 / 2 + O(n) values. Targets are independent; one runs on one thread, and its
@@ -21,6 +21,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <utility>
 
@@ -33,11 +34,14 @@ namespace {
 constexpr int kMinAdd = 8;             // a step may always add this many coordinates
 constexpr int kGuardAfter = 60;        // iterations before single pivots
 constexpr int kSmallViewDivisor = 16;  // gather a sub-matrix when this many times its size is below n
-constexpr int kMaxRefinements = 3;
-constexpr double kSafety = 0.85;  // part of the tolerance used here; the rest covers rounding of the certificate
+constexpr int kMaxSettled = 20;        // refinements of one solution among single pivots
+constexpr int kOrderAbove = 64;        // shorter active sets are not reordered: a late block costs little more
+constexpr double kSafety = 0.85;       // part of the tolerance used here; the rest covers rounding of the certificate
 
 template <class T>
 constexpr T kPivotFloor = sizeof(T) == 4 ? T(1e-6) : T(1e-14);  // of the diagonal: smaller pivots are raised to it
+template <class T>
+constexpr T kDependent = sizeof(T) == 4 ? T(1e-5) : T(1e-12);  // of the diagonal: a smaller pivot means dependence
 template <class T>
 constexpr T kNegativePivot = sizeof(T) == 4 ? T(1e-4) : T(1e-10);  // of the diagonal: below minus this, S is not PSD
 
@@ -129,6 +133,7 @@ ND_INLINE void combine_rows(T* out, const T* init, Row row, const T* c, int k, i
     for (int x = 0; x < N; x++) sum[x] = -load(init + j + x * W);
     for (int e = 0; e < k; e++) {
       const T* r = row(e) + j;
+      asm("" : "+r"(r));  // one base register, constant offsets
       for (int x = 0; x < N; x++) sum[x] += c[e] * load(r + x * W);
     }
     for (int x = 0; x < N; x++) store(out + j + x * W, sum[x]);
@@ -238,7 +243,7 @@ int keep_largest(int* index, T* excess, int count, int wanted, T low) {
       low = middle;
     } else {
       high = middle;
-      if (above > wanted - wanted / 8) break;
+      if (above > wanted - wanted / 4) break;
     }
   }
   const T bar = count_above(excess, count, high) ? high : low;  // ties at the top leave none above `high`
@@ -278,8 +283,8 @@ class BlockFactor {
     }
   }
 
-  // Factors block column b, gathered, given all blocks before it; false when a pivot is clearly negative.
-  bool factor(int b) {
+  // Factors block column b, gathered, given all blocks before it. Pivots below a floor are raised to it.
+  void factor(int b) {
     T *panel = panels_ + panel_offset(b), diagonal[W];
     for (int q = 0; q < W; q++) diagonal[q] = panel[(b * W + q) * W + q];
     for (int J = 0; J < b; J++) {  // left looking: W rows of R at a time, in registers
@@ -298,7 +303,7 @@ class BlockFactor {
     }
     V a[W];
     subtract_product(b * W, panel, panel, panel + b * W * W, a);
-    return invert_factor(a, diagonal, panel + b * W * W);
+    invert_factor(a, diagonal, panel + b * W * W);
   }
 
   // Block b of z = inv(R') r, given the blocks before it.
@@ -343,15 +348,13 @@ class BlockFactor {
     }
   }
 
-  // a: symmetric W x W block. out: the inverse of its lower Cholesky factor. Pivots below a floor are raised to it.
-  static ND_INLINE bool invert_factor(V* a, const T* diagonal, T* out) {
+  // a: symmetric W x W block. out: the inverse of its lower Cholesky factor.
+  static ND_INLINE void invert_factor(V* a, const T* diagonal, T* out) {
     V f[W], inverse[W], pivots = {};
-    bool semidefinite = true;
 #pragma GCC unroll 16
     for (int q = 0; q < W; q++) {
       T pivot = a[q][q];
       const T floor = diagonal[q] > 0 ? kPivotFloor<T> * diagonal[q] : T(1);
-      semidefinite &= diagonal[q] > 0 && !(pivot < -kNegativePivot<T> * diagonal[q]);
       pivot = pivot > floor ? pivot : floor;
       pivots[q] = pivot;
       f[q] = a[q] * (1 / pivot);
@@ -374,7 +377,6 @@ class BlockFactor {
         if (e > q) inverse[e] -= f[q][e] * inverse[q];
       store(out + q * W, inverse[q] * scale[q]);
     }
-    return semidefinite;
   }
 
   Buffer<T> panels_;
@@ -406,8 +408,8 @@ class Solver {
   explicit Solver(const CovlassoArgs<T>& args) : args_(args), n_(static_cast<int>(args.n)) {
     padded_ = blocks_of(n_, 16) * 16;
     const int room = padded_ + 64;
-    for (Buffer<T>* b : {&sign_, &pull_, &w_, &anchor_, &y_, &right_, &defect_, &g_, &excess_, &zeros_, &scratch_,
-                         &scratch2_, &bound_, &small_target_, &small_bound_})
+    for (Buffer<T>* b : {&pull_, &w_, &anchor_, &y_, &right_, &defect_, &g_, &excess_, &zeros_, &scratch_, &scratch2_,
+                         &bound_, &small_target_, &small_bound_})
       b->reserve(room);
     for (Buffer<int>* b : {&active_, &moved_, &order_, &bin_, &index_, &columns_, &filled_}) b->reserve(room);
     sums_.reserve(room);
@@ -417,7 +419,9 @@ class Solver {
   // Solves target number t of the call and writes its rows of the outputs.
   void solve(int64_t t) {
     start(t);
-    report(t, iterate());
+    const Outcome outcome = iterate();
+    if (outcome != Outcome::converged) tidy();
+    report(t, outcome);
   }
 
  private:
@@ -435,43 +439,68 @@ class Solver {
     tol_ = static_cast<T>(kSafety * args_.tol * top_);
   }
 
-  // Iterates on the present view until the certificate holds there.
+  // Block steps on the present view until the certificate holds there.
   Outcome iterate() {
-    int refinements = 0;
-    bool guarded = false;
     gradient();
-    for (int step = 0;; step++) {
+    for (int step = 0; step < kGuardAfter; step++) {
       const Check check = examine();
-      const int violators =
-          select_violators(g_.data(), view_.bound, a_, view_.length, tol_, index_.data(), excess_.data());
+      const int violators = violations();
       if (!check.flips && !violators) {
-        T residual = check.residual;
-        if (view_.gathered || residual <= tol_ / 2) return Outcome::converged;
-        residual = exact_residual();
-        if (residual <= tol_ / 2) return Outcome::converged;
-        if (refinements++ == kMaxRefinements) return residual <= tol_ ? Outcome::converged : Outcome::failed;
-        refine();
-        gradient();
-        continue;
+        if (view_.gathered || settle(check.residual)) return Outcome::converged;
+        continue;  // w has moved a little: look again
       }
       if (pivots_ >= args_.max_pivots) return Outcome::capped;
-      if (step >= kGuardAfter && !semidefinite_) return Outcome::failed;
       if (step == 1 && !view_.gathered && (k_ + violators) * kSmallViewDivisor < n_) {
         enter_small_view(violators);
         iterate();
         leave_small_view();
-        gradient();
-        continue;
-      }
-      refinements = 0;
-      if (step < kGuardAfter) {
-        resolve(block_step(check.flips, violators));
       } else {
-        resolve(guarded_step(check.flips, violators, !guarded));
-        guarded = true;
+        resolve(block_step(check.flips, violators));
       }
       gradient();
     }
+    return view_.gathered ? Outcome::failed : single_pivots();
+  }
+
+  // Single pivots from the empty set, with the factor kept regular: the slow, finite way for what defeats block steps,
+  // such as linearly dependent categories. `anchor` has the signs of the active set; w moves from it to the minimiser
+  // on these signs, or to the first sign change, which is dropped. The objective falls with every pivot.
+  Outcome single_pivots() {
+    k_ = 0;
+    resolve(0);
+    gradient();
+    for (int settled = 0; pivots_ < args_.max_pivots;) {
+      const Check check = examine();
+      if (check.flips) {
+        resolve(drop(blocking_coordinate()));
+      } else if (settled < kMaxSettled && !settle(check.residual)) {
+        settled++;
+        continue;
+      } else {
+        const int violators = violations();
+        if (!violators) return exact_residual() <= tol_ / T(kSafety) ? Outcome::converged : Outcome::failed;
+        settled = 0;
+        keep_largest<T>(index_, excess_, violators, 1, 0);
+        for (int e = 0; e < k_; e++) anchor_[e] = w_[e];
+        const int first = enter(index_[0]);
+        if (first < 0) return Outcome::failed;
+        resolve(first);
+      }
+      gradient();
+    }
+    return Outcome::capped;
+  }
+
+  int violations() {
+    return select_violators(g_.data(), view_.bound, a_, view_.length, tol_, index_.data(), excess_.data());
+  }
+
+  // True if the residual on A is within tolerance; otherwise one step of iterative refinement is taken.
+  bool settle(T residual) {
+    if (residual <= tol_ / 2 || exact_residual() <= tol_ / 2) return true;
+    refine();
+    gradient();
+    return false;
   }
 
   // ---------------------------------------------------------------- views
@@ -524,7 +553,7 @@ class Solver {
     factor_.reserve(blocks, smaller(first, blocks));
     for (int b = first; b < blocks; b++) {
       factor_.gather(b, [&](int e) { return view_.row(active_[e]); }, active_, k_, zeros_);
-      semidefinite_ &= factor_.factor(b);
+      factor_.factor(b);
       factor_.forward(b, right_, y_);
     }
     factor_.back(blocks, y_, w_);
@@ -559,6 +588,12 @@ class Solver {
 
   // ---------------------------------------------------------------- active set
 
+  // Coordinate e has lost the sign it entered with, or its value to overflow.
+  bool flipped(int e) {
+    const T agreement = w_[e] * pull_[e];
+    return !(agreement > 0 && agreement <= std::numeric_limits<T>::max());
+  }
+
   struct Check {
     T residual;  // max |g + pull| over the active set
     int flips;   // coordinates whose sign is lost
@@ -571,7 +606,7 @@ class Solver {
     for (int e = 0; e < k_; e++) {
       defect_[e] = -(g_[active_[e]] + pull_[e]);
       check.residual = larger_of(check.residual, magnitude(defect_[e]));
-      check.flips += w_[e] * sign_[e] <= 0;
+      check.flips += flipped(e);
       g_[active_[e]] = 0;
     }
     if (view_.self >= 0) g_[view_.self] = 0;
@@ -596,26 +631,53 @@ class Solver {
     return first;
   }
 
-  // Single pivots: w moves from `anchor`, feasible in sign, to the first sign change, which is dropped; without one the
-  // worst violator enters. The first call makes the anchor.
-  int guarded_step(int flips, int violators, bool begin) {
-    if (begin) {
-      const int first = smaller(drop(-1), k_ / W);
-      for (int e = 0; e < k_; e++) anchor_[e] = 0;
-      return first;
+  // Column j enters with w at a minimiser on the active set. If it is a combination z of the active columns, w moves
+  // along that combination, which leaves S w as it is and lowers the objective, until a coordinate reaches zero and
+  // makes room. Returns the first changed block, -1 if no coordinate ever does: then S is not positive semidefinite.
+  int enter(int j) {
+    const T *column = view_.row(j), variance = column[j], direction = g_[j] > 0 ? T(-1) : T(1);
+    const int blocks = blocks_of(k_, W);
+    double pivot = variance;
+    for (int e = 0; e < blocks * W; e++) scratch2_[e] = e < k_ ? column[active_[e]] : T(0);
+    for (int b = 0; b < blocks; b++) factor_.forward(b, scratch2_, scratch_);
+    for (int e = 0; e < k_; e++) pivot -= static_cast<double>(scratch_[e]) * scratch_[e];
+    int first = k_ / W;
+    anchor_[k_] = 0;
+    if (!(pivot > kDependent<T> * variance)) {
+      factor_.back(blocks, scratch_, scratch2_);
+      const int leaving = variance > 0 && pivot > -kNegativePivot<T> * variance ? first_to_vanish(direction) : -1;
+      semidefinite_ = leaving >= 0;
+      if (!semidefinite_) return -1;
+      const T length = w_[leaving] / (direction * scratch2_[leaving]);
+      for (int e = 0; e < k_; e++) anchor_[e] -= length * direction * scratch2_[e];
+      first = smaller(first, drop(leaving));
+      index_[0] = j;
+      anchor_[k_] = length * direction;
     }
-    if (flips) return drop(blocking_coordinate());
-    for (int e = 0; e < k_; e++) anchor_[e] = w_[e];
-    const int first = k_ / W;
-    add(keep_largest<T>(index_, excess_, violators, 1, 0));
+    add(1);
     return first;
   }
 
+  // The active coordinate that reaches zero first when w moves along -direction * z (in scratch2); -1 if none does.
+  int first_to_vanish(T direction) {
+    int first = -1;
+    T nearest = 0;
+    for (int e = 0; e < k_; e++) {
+      const T length = w_[e] / (direction * scratch2_[e]);
+      if (length > 0 && (first < 0 || length < nearest)) {
+        first = e;
+        nearest = length;
+      }
+    }
+    return first;
+  }
+
+  // Moves `anchor` towards w up to the first sign change; returns the coordinate that changes sign.
   int blocking_coordinate() {
     T length = 1;
     int blocking = -1;
     for (int e = 0; e < k_; e++) {
-      if (w_[e] * sign_[e] > 0) continue;
+      if (!flipped(e)) continue;
       T reach = anchor_[e] / (anchor_[e] - w_[e]);
       if (!(reach >= 0)) reach = 0;
       if (blocking < 0 || reach < length) {
@@ -631,42 +693,33 @@ class Solver {
   int drop(int only) {
     int first = k_, kept = 0;
     for (int e = 0; e < k_; e++) {
-      if (only >= 0 ? e == only : w_[e] * sign_[e] <= 0) {
-        first = smaller(first, e);
-        continue;
-      }
-      move(e, kept++);
+      const bool gone = only >= 0 ? e == only : flipped(e);
+      first = gone ? smaller(first, e) : first;
+      active_[kept] = active_[e];
+      pull_[kept] = pull_[e];
+      w_[kept] = w_[e];
+      anchor_[kept] = anchor_[e];
+      kept += !gone;
     }
     pivots_ += k_ - kept;
     k_ = kept;
     const int block = smaller(first, k_) / W;
-    order_by_magnitude(block * W);
+    if (k_ > kOrderAbove) order_by_magnitude(block * W);
     return block;
   }
 
-  void move(int from, int to) {
-    active_[to] = active_[from];
-    sign_[to] = sign_[from];
-    pull_[to] = pull_[from];
-    w_[to] = w_[from];
-    anchor_[to] = anchor_[from];
-  }
-
-  // Stable bucket sort by falling |w| from position `first` on: later drops should hit late blocks.
+  // Stable bucket sort by falling |w| from position `first` on: later drops should hit late blocks. Leaves w unsorted.
   void order_by_magnitude(int first) {
     constexpr int kBins = 64;
     const int m = k_ - first;
-    if (m < 2) return;
     const T top = max_magnitude<T>(w_ + first, m), scale = top > 0 ? 2 * kBins / top : T(0);
-    int start[kBins + 1] = {};
-    for (int e = 0; e < m; e++) {
+    for (int e = 0; e < m; e++)
       bin_[e] = kBins - 1 - smaller(kBins - 1, static_cast<int>(magnitude(w_[first + e]) * scale));
-      start[bin_[e] + 1]++;
-    }
+    int start[kBins + 1] = {};
+    for (int e = 0; e < m; e++) start[bin_[e] + 1]++;
     for (int q = 0; q < kBins; q++) start[q + 1] += start[q];
     for (int e = 0; e < m; e++) order_[start[bin_[e]]++] = first + e;
     permute(active_, moved_, first, m);
-    permute(sign_, scratch_, first, m);
     permute(pull_, scratch_, first, m);
     permute(anchor_, scratch_, first, m);
   }
@@ -677,31 +730,50 @@ class Solver {
     std::memcpy(x + first, room, static_cast<size_t>(m) * sizeof(A));
   }
 
-  // The first `count` coordinates of index_ enter, against the sign of their gradient.
+  // The first `count` coordinates of index_ enter, against the sign of their gradient (which is still that of them
+  // all).
   void add(int count) {
     for (int x = 0; x < count; x++, k_++) {
       const int j = index_[x];
       active_[k_] = j;
-      sign_[k_] = g_[j] > 0 ? T(-1) : T(1);
-      pull_[k_] = sign_[k_] * (view_.bound ? view_.bound[j] : a_);
-      anchor_[k_] = 0;
+      const T bound = view_.bound ? view_.bound[j] : a_;
+      pull_[k_] = g_[j] > 0 ? -bound : bound;
     }
     pivots_ += count;
   }
 
   // ---------------------------------------------------------------- result
 
+  // Makes what an unfinished run left a valid answer: finite, signs those of w, gradient and residual up to date.
+  void tidy() {
+    bool finite = true;
+    int kept = 0;
+    for (int e = 0; e < k_; e++) {
+      finite &= w_[e] - w_[e] == 0;
+      active_[kept] = active_[e];
+      w_[kept] = w_[e];
+      pull_[kept] = w_[e] > 0 ? magnitude(pull_[e]) : -magnitude(pull_[e]);
+      right_[kept] = view_.target[active_[e]] - pull_[kept];
+      kept += w_[e] != 0;
+    }
+    k_ = finite ? kept : 0;
+    gradient();
+    examine();
+  }
+
   // Writes support, coefficients and certificate. g and defect belong to the present w (examine came last).
   void report(int64_t t, Outcome outcome) {
     double linear = 0, curvature = 0, norm = 0;  // s'w, (S w - s)'w, sum a_j |w_j|
     T worst = 0, reach = 0;                      // KKT violation, max |g_j| / a_j
+#pragma omp simd reduction(+ : linear, curvature, norm) reduction(max : worst, reach)
     for (int e = 0; e < k_; e++) {
-      const T g = -defect_[e] - pull_[e], bound = magnitude(pull_[e]);
-      linear += static_cast<double>(view_.target[active_[e]]) * w_[e];
-      curvature += static_cast<double>(g) * w_[e];
-      norm += static_cast<double>(bound) * magnitude(w_[e]);
-      worst = larger_of(worst, magnitude(defect_[e]));
-      reach = larger_of(reach, magnitude(g) / bound);
+      const double w = w_[e], g = -defect_[e] - pull_[e];
+      linear += (right_[e] + pull_[e]) * w;
+      curvature += g * w;
+      norm += magnitude(pull_[e] * w);
+      const T miss = magnitude(defect_[e]), ratio = magnitude(defect_[e] / pull_[e] + 1);
+      worst = miss > worst ? miss : worst;
+      reach = ratio > reach ? ratio : reach;
     }
     if (penalty_) {
       for (int j = 0; j < n_; j++) {
@@ -765,13 +837,13 @@ class Solver {
   bool semidefinite_ = true;
   View<T> view_ = {};
   BlockFactor<T> factor_;
-  Buffer<int> active_;                  // [k] columns of the view in the active set
-  Buffer<T> sign_, pull_, w_, anchor_;  // [k] sign, a_j sign, coefficient, last point feasible in sign
-  Buffer<T> y_, right_, defect_;        // [k] inv(R')(s_A - pull), s_A - pull, -(g + pull)
-  Buffer<double> sums_;                 // [k]
-  Buffer<T> g_, excess_, bound_;        // [n] gradient, violations, a_j
-  Buffer<int> index_;                   // [n] violators
-  Buffer<int> columns_, filled_;        // [m] columns of S in the small view, rows gathered
+  Buffer<int> active_;            // [k] columns of the view in the active set
+  Buffer<T> pull_, w_, anchor_;   // [k] a_j sign, coefficient, last point feasible in sign
+  Buffer<T> y_, right_, defect_;  // [k] inv(R')(s_A - pull), s_A - pull, -(g + pull)
+  Buffer<double> sums_;           // [k]
+  Buffer<T> g_, excess_, bound_;  // [n] gradient, violations, a_j
+  Buffer<int> index_;             // [n] violators
+  Buffer<int> columns_, filled_;  // [m] columns of S in the small view, rows gathered
   Buffer<T> small_rows_, small_target_, small_bound_;
   Buffer<T> zeros_, scratch_, scratch2_;
   Buffer<int> moved_, order_, bin_;

@@ -280,6 +280,7 @@ enum cudaFuncAttribute {
 
 namespace nd_emu {
 
+inline thread_local bool in_launch = false;
 inline std::mutex launch_mutex;                         // one launch at a time: static shared memory is shared by all
 inline std::map<const void*, int> raised_shared_limit;  // by kernel
 
@@ -303,17 +304,10 @@ inline cudaError_t refused(const char* name, dim3 grid, dim3 block, size_t share
   return returned(error);
 }
 
-// What kernel<<<grid, block, shared, stream>>>(arguments...) does. Each thread gets its own copy of the parameters.
+// Runs the blocks one after another. Each thread gets its own copy of the parameters.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t,
-                   Arguments&&... arguments) {
-  static_assert((!std::is_reference_v<Parameters> && ...), "a kernel takes its parameters by value");
-  if (current) current->fail("a kernel launches a kernel");
-  const std::lock_guard lock(launch_mutex);
-  if (const cudaError_t error = check_shape(grid, block)) return refused(name, grid, block, shared, error);
-  if (shared > shared_limit(reinterpret_cast<const void*>(kernel))) {
-    return refused(name, grid, block, shared, cudaErrorInvalidValue);
-  }
+cudaError_t run_blocks(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                       Arguments&&... arguments) {
   const std::tuple<std::remove_const_t<Parameters>...> parameters(std::forward<Arguments>(arguments)...);
   const auto body = [&] { std::apply(kernel, parameters); };
   Order order = Order::from_environment();
@@ -322,9 +316,26 @@ cudaError_t launch(const char* name, void (*kernel)(Parameters...), dim3 grid, d
     const uint64_t rest = id / grid.x;
     const uint3 block_id = {static_cast<unsigned>(id % grid.x), static_cast<unsigned>(rest % grid.y),
                             static_cast<unsigned>(rest / grid.y)};
-    if (!runner.run(name, block_id, shared, body)) return returned(cudaErrorLaunchFailure);
+    if (!runner.run(name, block_id, shared, body)) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
+}
+
+// What kernel<<<grid, block, shared, stream>>>(arguments...) does.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t,
+                   Arguments&&... arguments) {
+  static_assert((!std::is_reference_v<Parameters> && ...), "a kernel takes its parameters by value");
+  if (in_launch) fail("a kernel launches a kernel", {name});
+  const std::lock_guard lock(launch_mutex);
+  if (const cudaError_t error = check_shape(grid, block)) return refused(name, grid, block, shared, error);
+  if (shared > shared_limit(reinterpret_cast<const void*>(kernel))) {
+    return refused(name, grid, block, shared, cudaErrorInvalidValue);
+  }
+  in_launch = true;
+  const cudaError_t error = run_blocks(name, kernel, grid, block, shared, std::forward<Arguments>(arguments)...);
+  in_launch = false;
+  return returned(error);
 }
 
 }  // namespace nd_emu

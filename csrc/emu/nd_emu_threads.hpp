@@ -324,9 +324,7 @@ class Block {
   bool run(const char* kernel, uint3 id, size_t shared_bytes, const Body& body) {
     name_ = kernel;
     block_id = id;
-    // Fresh for each block and no larger than asked for, so that AddressSanitizer sees overruns; filled with NaN.
-    std::unique_ptr<char[]> shared(shared_bytes ? new char[shared_bytes] : nullptr);
-    if (shared_bytes) std::memset(shared.get(), 0xFF, shared_bytes);
+    const std::unique_ptr<char[]> shared = fresh_shared(shared_bytes);
     dynamic_shared = shared.get();
     body_ = &body;
     call_body_ = [](const void* b) { (*static_cast<const Body*>(b))(); };
@@ -341,6 +339,7 @@ class Block {
     }
     order_members(scheduler_, everyone_.data(), everyone_.size());
     current = outer;
+    if (!failed_ && !guard_is_intact(shared_bytes)) report("a thread wrote past the end of the dynamic shared memory");
     return !failed_;
   }
 
@@ -364,6 +363,26 @@ class Block {
   char* dynamic_shared = nullptr;
 
  private:
+  // AddressSanitizer sees every access beyond the end; without it a guard that must keep its value shows close writes.
+#if defined(ND_EMU_ASAN)
+  static constexpr size_t kGuardBytes = 0;
+#else
+  static constexpr size_t kGuardBytes = 256;
+#endif
+
+  // Dynamic shared memory of one block: NaN patterns, so that values read before they are written show.
+  static std::unique_ptr<char[]> fresh_shared(size_t bytes) {
+    if (bytes == 0) return nullptr;
+    std::unique_ptr<char[]> memory(new char[bytes + kGuardBytes]);
+    std::memset(memory.get(), 0xFF, bytes + kGuardBytes);
+    return memory;
+  }
+
+  bool guard_is_intact(size_t bytes) const {
+    return !dynamic_shared || std::all_of(dynamic_shared + bytes, dynamic_shared + bytes + kGuardBytes,
+                                          [](char byte) { return byte == static_cast<char>(0xFF); });
+  }
+
   ND_EMU_INTERNAL static void thread_main() {
     Block& block = *current;
 #if defined(ND_EMU_ASAN)
@@ -384,6 +403,7 @@ class Block {
     if (const unsigned lanes = threads_.size() % kWarpSize) warps_.back().absent = ~0u << lanes;
     for (Thread& thread : threads_) {
       prepare(thread, &thread_main);
+      thread.state = Thread::kReady;
       thread.commits = 0;
     }
     make_ready(threads_.data(), threads_.size());
@@ -512,8 +532,9 @@ class Block {
       std::fprintf(stderr, ": returned\n");
       return;
     }
+    std::fprintf(stderr, ": %s", first.place.name);
     const auto& where = first.place.location;
-    std::fprintf(stderr, ": %s at %s:%u", first.place.name, where.file_name(), static_cast<unsigned>(where.line()));
+    if (where.line()) std::fprintf(stderr, " at %s:%u", where.file_name(), static_cast<unsigned>(where.line()));
     std::fprintf(stderr, first.mask ? ", mask %08x\n" : "\n", first.mask);
   }
 

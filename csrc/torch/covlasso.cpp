@@ -146,13 +146,13 @@ Packed pack(const Tensor& cov) {
 }
 
 struct Solution {
-  Tensor index, value, count, info;
-  std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const { return {index, value, count, info}; }
+  Tensor value, index, count, info;
+  std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const { return {value, index, count, info}; }
 };
 
 Solution empty_solution(const Tensor& cov, int64_t num_targets, int64_t capacity) {
   using torch::stable::new_empty;
-  return {new_empty(cov, {num_targets, capacity}, ScalarType::Int), new_empty(cov, {num_targets, capacity}),
+  return {new_empty(cov, {num_targets, capacity}), new_empty(cov, {num_targets, capacity}, ScalarType::Int),
           new_empty(cov, {num_targets}, ScalarType::Int),
           new_empty(cov, {num_targets, kCovlassoInfoSize}, ScalarType::Double)};
 }
@@ -280,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> covlasso_cuda(Tensor cov, Tensor targ
 STABLE_TORCH_LIBRARY_FRAGMENT(neuraldeps, m) {
   m.def(
       "covlasso(Tensor cov, Tensor targets, Tensor lam, Tensor? penalty, float tol, int max_pivots, int capacity)"
-      " -> (Tensor index, Tensor value, Tensor count, Tensor info)");
+      " -> (Tensor value, Tensor index, Tensor count, Tensor info)");
   m.def("lambda_max(Tensor cov, Tensor targets, Tensor? penalty) -> Tensor");
 }
 

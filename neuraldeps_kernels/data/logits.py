@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 PROVENANCE = (
-    "Covariance of the ImageNet-1k logits of efficientnet-lite0 and efficientnet-lite1 over random crops of photographs, "
-    "cut-outs and drawings from distribution packages. No crop comes from a picture, or a near-duplicate of a picture, "
-    "that neuraldeps_kernels.data.pictures finds in foolbox, gradio, imgaug, scikit-image or scikit-learn: those are held out."
+    "Covariance of the ImageNet-1k logits of efficientnet-lite0 and efficientnet-lite1 over random crops of "
+    "photographs, cut-outs and drawings from distribution packages. No crop comes from a picture, or a near-duplicate "
+    "of a picture, that neuraldeps_kernels.data.pictures finds in foolbox, gradio, imgaug, scikit-image or "
+    "scikit-learn: those are held out."
 )
 
 _COVARIANCE = Path(__file__).with_name("imagenet_covariance.npz")
@@ -116,9 +117,9 @@ def read_covariance(path: Path, class_names: tuple[str, ...]) -> ImagenetCovaria
 def read_logits(path: str | Path, key: str | None = None) -> Tensor:
     """Logits [N, n] of a `.npy`, `.npz`, `.pt`/`.pth` or `.safetensors` file, in the file's floating dtype.
 
-    A file of several arrays needs `key`. Nothing is unpickled. Raises ValueError that starts with the path where the file
-    is missing, unreadable or truncated, or where the array is not 2-D, not floating, empty, of fewer than 2 samples, or
-    holds NaN or infinity.
+    A file of several arrays needs `key`. Nothing is unpickled. Raises ValueError that starts with the path where the
+    file is missing, unreadable or truncated, or where the array is not 2-D, not floating, empty, of fewer than 2
+    samples, or holds NaN or infinity.
     """
     logits = _read_array(Path(path), key)
     if logits.ndim != 2:

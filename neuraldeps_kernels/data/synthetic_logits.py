@@ -1,8 +1,9 @@
 """Synthetic logits with the covariance of a real classifier: clustered categories, decaying spectrum, redundancy.
 
 Categories sit in a three-level tree in a latent space; features are a noisy rectified linear image of it whose spectrum
-decays; the logits are those of a linear discriminant classifier on the features. For num_categories > num_features + 1
-the logit covariance is exactly singular, as for the real networks whose feature is narrower than their output.
+decays; the logits are those of a linear discriminant classifier on the features. They sum to a constant, so the rank of
+their covariance is min(num_categories - 1, num_features): singular, and strongly so where the feature is narrower than
+the output, as in real networks.
 
 Source: our choice (no model of the paper is rebuilt here).
 """
@@ -16,9 +17,7 @@ LATENT = 96  # dimensions of the latent space
 LOGIT_STD = 2.5  # standard deviation of all returned logits
 
 
-def clustered_logits(
-    num_categories: int, num_features: int, num_samples: int, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def clustered_logits(num_categories: int, num_features: int, num_samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Logits float32 [num_samples, num_categories] and labels int64 [num_samples], a function of `seed` alone.
 
     Raises ValueError where a size is not positive or num_samples is below 2.
@@ -62,4 +61,5 @@ def _discriminant(features: Tensor, labels: Tensor, num_categories: int) -> Tens
     centred = (mean - mean.mean(0)).double()
     weight = torch.linalg.solve(scatter, centred.T)  # [d, n]
     bias = -0.5 * (centred.T * weight).sum(0)
-    return features @ weight.float() + bias.float()
+    logits: Tensor = features @ weight.float() + bias.float()
+    return logits

@@ -12,6 +12,7 @@ papers on neural dependencies state the problem; solver, certificate and gradien
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,11 +24,13 @@ from torch import Tensor
 from neuraldeps_kernels.profiling import annotated
 from neuraldeps_kernels.reference import covlasso as reference
 
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 _log = logging.getLogger("neuraldeps_kernels")
 
 STATUS_NAMES = ("converged", "capped", "collinear", "not_psd")
 _INFO_FIELDS = ("err2", "duality_gap", "kkt_violation", "n_pivots", "status", "lambda_max")
 _CHUNK = 1 << 24  # padded coefficients held at once
+_PROBE = 16  # targets solved first
 
 Scalar = float | int
 
@@ -161,11 +164,11 @@ def covlasso(
             and `lam_ratio` is given.
         targets: [T] categories to explain, default all n; a repeated target is solved again.
         candidates: bool [n] or [T, n], True where a category may be a predictor; default all. The target itself never
-            is, whatever the mask says.
+            is, whatever the mask says, and a target without candidates has an empty support.
         penalty_factors: [n], positive multiples of the penalty of each category; default ones.
         tol: KKT violation allowed, relative to `lambda_max / 2`. float32 reaches about 1e-6, float64 1e-12.
         max_pivots: coordinates that may enter or leave before a target is given up as capped, default
-            `max(1000, 10 n)`.
+            `10000 + 20 n`.
 
     Returns:
         CovLassoSolution. Its coefficients and `err2` are differentiable in `cov` and `lam` (implicit gradient on the
@@ -174,8 +177,8 @@ def covlasso(
 
     Raises:
         ValueError: `cov` is not square, not symmetric, not finite or has a negative diagonal; `lam` or `lam_ratio` is
-            not positive and finite, or both or none is given; a target is out of range; a shape does not fit; a target
-            has no candidate. On CUDA values are not checked, as that would make the host wait: a covariance with NaN
+            not positive and finite, or both or none is given; a target is out of range; a shape does not
+            fit. On CUDA values are not checked, as that would make the host wait: a covariance with NaN
             comes back with a status other than converged.
         TypeError: an argument has the wrong dtype.
 
@@ -188,7 +191,7 @@ def covlasso(
     if not tol > 0:
         raise ValueError(f"tol must be positive, not {tol}")
     n, num_targets = cov.shape[0], len(indices)
-    pivots = max(1000, 10 * n) if max_pivots is None else max_pivots
+    pivots = 10_000 + 20 * n if max_pivots is None else max_pivots
     if pivots < 1:
         raise ValueError(f"max_pivots must be at least 1, not {max_pivots}")
     penalty = _penalty(cov, indices, candidates, penalty_factors)
@@ -198,14 +201,12 @@ def covlasso(
         top: Tensor = _LambdaMax.apply(cov, indices, penalty)  # type: ignore[no-untyped-call]
         lams = _per_target("lam_ratio", lam_ratio, num_targets, cov) * top
 
+    rows = _chunks(num_targets, n)
+    parts: list[_Compact] = []
     capacity = max(n - 1, 1)
-    chunk = max(1, _CHUNK // capacity)
-    parts = [
-        _solve_compact(
-            cov, indices[t : t + chunk], lams[t : t + chunk], _rows(penalty, t, chunk), tol, pivots, capacity
-        )
-        for t in range(0, num_targets, chunk)
-    ]
+    for r in rows:
+        parts.append(_solve_compact(cov, indices[r], lams[r], _rows(penalty, r), tol, pivots, capacity))
+        capacity = min(max(n - 1, 1), 2 * max(int(part[2].max()) for part in parts) + 32)
     return _solution(cov, indices, lams, parts)
 
 
@@ -223,7 +224,7 @@ def solve_targets(
         capacity: coefficients stored per target; n - 1 holds every support.
 
     Returns:
-        index [T, capacity] int32, value [T, capacity], count [T] int32, info [T, 6] float64 (err2, duality_gap,
+        value [T, capacity], index [T, capacity] int32, count [T] int32, info [T, 6] float64 (err2, duality_gap,
         kkt_violation, n_pivots, status, lambda_max). Rows are zero beyond `count`; a cut support has status capped.
     """
     return _SolveTargets.apply(cov, targets, lam, penalty, tol, max_pivots, capacity)  # type: ignore[no-any-return, no-untyped-call]
@@ -246,15 +247,23 @@ def _checked_covariance(cov: Tensor) -> Tensor:
     return cov
 
 
+def _check_device(name: str, value: object, cov: Tensor) -> None:
+    if isinstance(value, Tensor) and value.device != cov.device:
+        raise ValueError(f"{name} must be on the device of cov, {cov.device}, not {value.device}")
+
+
 def _checked_targets(targets: Tensor | Sequence[int] | None, cov: Tensor) -> Tensor:
     n = cov.shape[0]
     if targets is None:
         return torch.arange(n, device=cov.device)
+    _check_device("targets", targets, cov)
     indices = torch.as_tensor(targets, device=cov.device)
     if indices.numel() == 0:
         indices = indices.long()
-    if indices.dim() != 1 or indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
-        raise TypeError(f"targets must be integers [T], not {list(indices.shape)} of {indices.dtype}")
+    if indices.dim() != 1:
+        raise ValueError(f"targets must be one-dimensional [T], not {list(indices.shape)}")
+    if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
+        raise TypeError(f"targets must be integers, not {indices.dtype}")
     indices = indices.long()
     if cov.device.type == "cpu" and len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n:
         wrong = indices[(indices < 0) | (indices >= n)][0]
@@ -270,6 +279,9 @@ def _check_penalty_choice(lam: object, lam_ratio: object) -> None:
 
 def _per_target(name: str, value: Tensor | Scalar | None, num_targets: int, cov: Tensor) -> Tensor:
     """`value` as a float64 tensor [T] on the device of `cov`, positive and finite."""
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be a number or a tensor, not {value!r}")
+    _check_device(name, value, cov)
     given = torch.as_tensor(value, dtype=torch.float64, device=cov.device)
     if given.dim() > 1 or (given.dim() == 1 and given.shape[0] != num_targets):
         raise ValueError(f"{name} must be a number or [{num_targets}], not {list(given.shape)}")
@@ -283,6 +295,7 @@ def _penalty(cov: Tensor, targets: Tensor, candidates: Tensor | None, penalty_fa
     n, num_targets, on_cpu = cov.shape[0], len(targets), cov.device.type == "cpu"
     factors = None
     if penalty_factors is not None:
+        _check_device("penalty_factors", penalty_factors, cov)
         factors = torch.as_tensor(penalty_factors, dtype=cov.dtype, device=cov.device)
         if factors.shape != (n,):
             raise ValueError(f"penalty_factors must be [{n}], not {list(factors.shape)}")
@@ -290,31 +303,27 @@ def _penalty(cov: Tensor, targets: Tensor, candidates: Tensor | None, penalty_fa
             raise ValueError("penalty_factors must be positive and finite; use candidates to exclude a category")
     if candidates is None:
         return factors
+    _check_device("candidates", candidates, cov)
     allowed = torch.as_tensor(candidates, device=cov.device)
     if allowed.dtype != torch.bool:
         raise TypeError(f"candidates must be bool, not {allowed.dtype}")
     if allowed.shape not in ((n,), (num_targets, n)):
         raise ValueError(f"candidates must be [{n}] or [{num_targets}, {n}], not {list(allowed.shape)}")
-    if on_cpu:
-        _check_candidates(allowed, targets)
     ones = cov.new_ones(()) if factors is None else factors
     return torch.where(allowed, ones, torch.inf)
-
-
-def _check_candidates(allowed: Tensor, targets: Tensor) -> None:
-    others = (
-        allowed.sum(-1) - (allowed[targets] if allowed.dim() == 1 else allowed.gather(1, targets[:, None])[:, 0]).long()
-    )
-    if bool((others == 0).any()):
-        target = int(targets[(others == 0).expand(len(targets)).nonzero()[0, 0]])
-        raise ValueError(f"candidates leaves target {target} without a predictor")
 
 
 # ------------------------------------------------------------------------------------------------ solving
 
 
-def _rows(penalty: Tensor | None, start: int, count: int) -> Tensor | None:
-    return penalty if penalty is None or penalty.dim() == 1 else penalty[start : start + count]
+def _chunks(num_targets: int, n: int) -> list[slice]:
+    """Targets solved together: a few first, whose supports tell what room the others need, then what memory allows."""
+    starts = [0, *range(min(_PROBE, num_targets), num_targets, max(_PROBE, _CHUNK // n))]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], num_targets], strict=True) if a < b]
+
+
+def _rows(penalty: Tensor | None, rows: slice) -> Tensor | None:
+    return penalty if penalty is None or penalty.dim() == 1 else penalty[rows]
 
 
 _Compact = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -323,8 +332,11 @@ _Compact = tuple[Tensor, Tensor, Tensor, Tensor]
 def _solve_compact(
     cov: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None, tol: float, max_pivots: int, capacity: int
 ) -> _Compact:
-    """Column [nnz], value [nnz], count [T] and info [T, 6] of a chunk of targets."""
-    index, value, count, info = solve_targets(cov, targets, lam, penalty, tol, max_pivots, capacity)
+    """Column [nnz], value [nnz], count [T] and info [T, 6] of a chunk of targets; solved again where room runs out."""
+    full = max(cov.shape[0] - 1, 1)
+    value, index, count, info = solve_targets(cov, targets, lam, penalty, tol, max_pivots, capacity)
+    if capacity < full and bool((count == capacity).any()):
+        return _solve_compact(cov, targets, lam, penalty, tol, max_pivots, full)
     count = count.long()
     end = count.cumsum(0)
     row_start = torch.arange(len(count), device=count.device) * capacity - (end - count)
@@ -336,7 +348,7 @@ def _solve_compact(
 def _solution(cov: Tensor, targets: Tensor, lam: Tensor, parts: list[_Compact]) -> CovLassoSolution:
     empty = (cov.new_empty(0, dtype=torch.int32), cov.new_empty(0), targets[:0], lam.new_empty(0, len(_INFO_FIELDS)))
     column, value, count, info = (torch.cat(tensors) for tensors in zip(*(parts or [empty]), strict=True))
-    crow = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    crow = torch.cat([count.new_zeros(1), count.cumsum(0)])
     coefficients = torch.sparse_csr_tensor(
         crow, column.long(), value, (len(targets), cov.shape[0]), check_invariants=False
     )
@@ -372,8 +384,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = targets.shape[0]
     return (
-        cov.new_empty((rows, capacity), dtype=torch.int32),
         cov.new_empty((rows, capacity)),
+        cov.new_empty((rows, capacity), dtype=torch.int32),
         cov.new_empty((rows,), dtype=torch.int32),
         cov.new_empty((rows, len(_INFO_FIELDS)), dtype=torch.float64),
     )
@@ -444,16 +456,13 @@ def _covlasso_backward(
         a, inside = index[rows, :k].long(), torch.arange(k, device=cov.device) < count[rows, None]
         w = _solve_on_support(cov64, a, inside, torch.where(inside, grad[rows, :k].double(), 0.0))
         theta = torch.where(inside, value[rows, :k].double(), 0.0)
-        factors = 1.0 if penalty is None else _rows_of(penalty, rows).double().expand(len(a), n).gather(1, a)
+        row_penalty = _rows(penalty, rows)
+        factors = 1.0 if row_penalty is None else row_penalty.double().expand(len(a), n).gather(1, a)
         grad_lam[rows] = -0.5 * torch.where(inside, factors * theta.sign() * w, 0.0).sum(1)
         zeros = grad_cov.new_zeros(len(a), n)
         residual = zeros.scatter_add(1, a, theta).scatter_add(1, targets[rows, None], zeros.new_full((len(a), 1), -1.0))
         grad_cov -= zeros.scatter_add(1, a, w).T @ residual
     return ((grad_cov + grad_cov.T) / 2).to(cov.dtype), grad_lam
-
-
-def _rows_of(penalty: Tensor, rows: slice) -> Tensor:
-    return penalty if penalty.dim() == 1 else penalty[rows]
 
 
 def _solve_on_support(cov: Tensor, a: Tensor, inside: Tensor, right: Tensor) -> Tensor:
@@ -492,19 +501,19 @@ def _solve_by_reference(
     pad = (0, capacity - index.shape[1])
     value = torch.nn.functional.pad(torch.where(inside, theta.gather(1, index), 0.0), pad)
     columns = torch.nn.functional.pad(torch.where(inside, index, 0), pad)
-    return columns.int(), value.to(cov.dtype), count.int(), info
+    return value.to(cov.dtype), columns.int(), count.int(), info
 
 
 def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     cov, targets, _lam, penalty = inputs[:4]
-    index, value, count, info = output
+    value, index, count, info = output
     ctx.mark_non_differentiable(index, count, info)
     ctx.save_for_backward(cov, targets, penalty, index, value, count)
 
 
 def _gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     cov, targets, penalty, index, value, count = ctx.saved_tensors
-    grad_cov, grad_lam = torch.ops.neuraldeps.covlasso_backward(grads[1], cov, targets, penalty, index, value, count)
+    grad_cov, grad_lam = torch.ops.neuraldeps.covlasso_backward(grads[0], cov, targets, penalty, index, value, count)
     return grad_cov, None, grad_lam, None, None, None, None
 
 

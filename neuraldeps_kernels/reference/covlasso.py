@@ -9,12 +9,12 @@ residual with every category, Theta is optimal iff for every j != i
 
     rho_j = (lam/2) penalty_j sign(Theta_j)  where Theta_j != 0,     |rho_j| <= (lam/2) penalty_j  where Theta_j = 0 .
 
-Notation: S = cov [n, n] symmetric; T targets; theta [T, n] float64 is Theta without the pinned entry (0 there); penalty is
-None (all ones), [n] or [T, n], positive, +inf where category j may not be used; bound = (lam/2) penalty [T, n].
-Nothing here is differentiable: `gradients` states the derivatives.
+Notation: S = cov [n, n] symmetric; T targets; theta [T, n] float64 is Theta without the pinned entry (0 there);
+penalty is None (all ones), [n] or [T, n], positive, +inf where category j may not be used; bound = (lam/2) penalty
+[T, n]. Nothing here is differentiable: `gradients` states the derivatives.
 
-Source: section 3 of the notes on "Neural Dependencies Emerging from Learning Massive Categories" (arXiv 2211.12339); the
-solver (coordinate descent and a Newton step on the face of the current signs) is our choice.
+Source: the problem is that of "Neural Dependencies Emerging from Learning Massive Categories" (arXiv 2211.12339); the
+solver (coordinate descent and a Newton step on the face of the current signs) and the derivatives are ours.
 """
 
 from __future__ import annotations
@@ -24,18 +24,23 @@ from torch import Tensor
 
 SWEEPS = 3  # coordinate sweeps between two Newton steps
 NEW_CATEGORIES = 16  # least number of violators that may join the working set in a round
-RIDGES = (1e-12, 1e-9, 1e-6, 1e-3, 1.0)  # of the unit diagonal: the first that makes the Newton system definite is used
+RIDGES = (1e-12, 1e-9, 1e-6, 1e-3, 1.0)  # of the unit diagonal: the first is used that makes the Newton system definite
 CHUNK_ELEMENTS = 1 << 26  # float64 elements of the gathered sub-matrices of one chunk of targets
 
 
 def lambda_max(cov: Tensor, targets: Tensor, penalty: Tensor | None = None) -> Tensor:
-    """Smallest lam with an empty support, 2 max_{j != i} |S_ij| / penalty_j, as float64 [T] (0 where nothing may enter)."""
-    correlation = cov.detach().double()[targets].abs() / _penalty(cov, targets, penalty)  # [T, n]
-    return 2 * correlation.amax(1) if cov.shape[0] else correlation.sum(1)
+    """Smallest lam with an empty support: 2 max_{j != i} |S_ij| / penalty_j, float64 [T]; 0 where nothing may enter."""
+    return 2 * (cov.detach().double()[targets].abs() / _penalty(cov, targets, penalty)).amax(1)
 
 
 def covlasso(
-    cov: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None = None, *, tol: float = 1e-12, max_rounds: int = 200
+    cov: Tensor,
+    targets: Tensor,
+    lam: Tensor,
+    penalty: Tensor | None = None,
+    *,
+    tol: float = 1e-12,
+    max_rounds: int = 200,
 ) -> Tensor:
     """theta [T, n] float64 of `targets` int64 [T] at `lam` [T] (or a scalar tensor).
 
@@ -49,9 +54,7 @@ def covlasso(
     exponent = torch.where(diagonal > 0, -(diagonal.clamp_min(1e-300).log2() / 2).round(), 0.0)
     scale = torch.ldexp(torch.ones_like(diagonal), exponent)
     S = scale[:, None] * S * scale
-    weight = _penalty(cov, targets, penalty)  # [T, n]
-    half = lam.detach().double().to(S.device).expand(targets.shape[0]) / 2
-    bound = half[:, None] * weight * scale[targets, None] * scale
+    bound = _bound(cov, targets, lam, penalty) * scale[targets, None] * scale
     bound[:, diagonal <= 0] = torch.inf
     allowed = tol / 2 * lambda_max(cov, targets, penalty)[:, None] * scale[targets, None] * scale
     chunk = max(1, CHUNK_ELEMENTS // max(1, S.shape[0] ** 2))
@@ -79,28 +82,25 @@ def kkt_violation(cov: Tensor, theta: Tensor, targets: Tensor, lam: Tensor, pena
 
     0 where lambda_max = 0 (nothing correlates with the target) and theta = 0; +inf where an excluded category is used.
     """
-    half = lam.double().expand(targets.shape[0])[:, None] / 2
-    bound = half * _penalty(cov, targets, penalty)
+    bound = _bound(cov, targets, lam, penalty)
     worst = _violation(residual_covariance(cov, theta, targets), theta.double(), bound).amax(1).clamp_min(0)
-    return torch.where(worst > 0, worst / (lambda_max(cov, targets, penalty) / 2), 0.0)
+    return torch.where(worst == 0, 0.0, worst / (lambda_max(cov, targets, penalty) / 2))  # NaN stays NaN
 
 
 def duality_gap(cov: Tensor, theta: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None = None) -> Tensor:
     """Primal minus dual objective, float64 [T], in the units of S_ii; bounds the excess of the objective if S is PSD.
 
-    With tau = min(1, (lam/2) / max_j |rho_j|/penalty_j) the scaled residual tau e is dual feasible and
-    gap = err2 + lam sum_j penalty_j |theta_j| - 2 tau E[e f_i] + tau^2 err2.
+    With tau = min(1, min_j bound_j / |rho_j|) the scaled residual tau e is dual feasible and
+    gap = err2 + 2 sum_j bound_j |theta_j| - 2 tau E[e f_i] + tau^2 err2.
     """
-    weight = _penalty(cov, targets, penalty)
-    lam = lam.double().expand(targets.shape[0])
+    bound = _bound(cov, targets, lam, penalty)
     theta = theta.double()
     rho = residual_covariance(cov, theta, targets)
     residual_target = rho.gather(1, targets[:, None])[:, 0]  # E[e f_i]
     error = residual_target - (theta * rho).sum(1)
-    largest = (rho.abs() / weight).amax(1)
-    tau = torch.where(largest > lam / 2, lam / 2 / largest, 1.0)
-    norm = torch.where(theta != 0, theta.abs() * weight, 0.0).sum(1)
-    return error + lam * norm - 2 * tau * residual_target + tau**2 * error
+    tau = torch.where(rho.abs() > bound, bound / rho.abs(), 1.0).amin(1)
+    norm = torch.where(theta != 0, bound * theta.abs(), 0.0).sum(1)
+    return error + 2 * norm - 2 * tau * residual_target + tau**2 * error
 
 
 def gradients(
@@ -108,10 +108,11 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """(dL/dS [n, n] symmetric, dL/dlam [T]) from grad_theta = dL/dtheta [T, n], off the kinks of the path.
 
-    On the support a, A = S_aa, s = sign(theta_a):  w_a = A^-1 u_a,  dL/dS = -sym(w Theta'),  dL/dlam = -(1/2) w.(penalty s).
+    On the support a, with A = S_aa, s = sign(theta_a) and u = grad_theta:
+    w_a = A^-1 u_a (zero elsewhere),  dL/dS = -(w Theta' + Theta w') / 2,  dL/dlam = -(1/2) sum_j penalty_j s_j w_j.
     """
     S = cov.detach().double()
-    weight = _penalty(cov, targets, penalty)
+    factors = _penalty(cov, targets, penalty)
     grad_cov, grad_lam = torch.zeros_like(S), S.new_zeros(targets.shape[0])
     for t, i in enumerate(targets.tolist()):
         a = theta[t].nonzero()[:, 0]
@@ -121,7 +122,7 @@ def gradients(
         pinned[i] = -1
         product = torch.outer(w, pinned)
         grad_cov -= (product + product.T) / 2
-        grad_lam[t] = -(w[a] * weight[t, a] * theta[t, a].sign()).sum() / 2
+        grad_lam[t] = -(w[a] * factors[t, a] * theta[t, a].sign()).sum() / 2
     return grad_cov, grad_lam
 
 
@@ -131,6 +132,13 @@ def _penalty(cov: Tensor, targets: Tensor, penalty: Tensor | None) -> Tensor:
     ones = torch.ones(shape, dtype=torch.float64, device=cov.device)
     weight = ones if penalty is None else ones * penalty.detach().double()
     return weight.scatter(1, targets[:, None], torch.inf)
+
+
+def _bound(cov: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None) -> Tensor:
+    """(lam/2) penalty [T, n] float64; +inf where a category is excluded, whatever lam."""
+    weight = _penalty(cov, targets, penalty)
+    half = lam.detach().double().to(cov.device).expand(targets.shape[0])[:, None] / 2
+    return torch.where(weight.isinf(), torch.inf, half * weight)
 
 
 def _violation(rho: Tensor, theta: Tensor, bound: Tensor) -> Tensor:
@@ -158,7 +166,7 @@ def _solve(S: Tensor, targets: Tensor, bound: Tensor, allowed: Tensor, max_round
         Q = S[index[:, :, None], index[:, None, :]]  # [L, K, K]
         q = S[targets[live, None], index]  # [L, K]
         x = _descend(Q, q, bound[live[:, None], index], theta[live[:, None], index])
-        # err2 - S_ii = objective - penalty is at least -S_ii for a covariance; far below it there is no minimum to find.
+        # err2 >= 0 bounds the objective below by -S_ii if S is a covariance; far below there is no minimum to find.
         sound = _objective(Q, q, bound[live[:, None], index], x)[:, 0] > -2 * S[targets[live], targets[live]]
         live, index, x = live[sound], index[sound], x[sound]
         theta[live[:, None], index] = x
@@ -166,7 +174,7 @@ def _solve(S: Tensor, targets: Tensor, bound: Tensor, allowed: Tensor, max_round
 
 
 def _working_set(theta: Tensor, violation: Tensor) -> Tensor:
-    """Support and worst violators of each target, at most as many new as old ones, increasing, then n: int64 [T, K]."""
+    """Support and worst violators of each target (no more new than old ones), increasing, then n: int64 [T, K]."""
     n = theta.shape[1]
     support = theta != 0
     size = support.sum(1)
@@ -179,7 +187,10 @@ def _working_set(theta: Tensor, violation: Tensor) -> Tensor:
 
 
 def _descend(Q: Tensor, q: Tensor, bound: Tensor, x: Tensor) -> Tensor:
-    """A few cyclic sweeps, then Newton steps until no sign changes, on x' Q x - 2 q.x + 2 bound.|x|; x [T, K], Q [T, K, K]; never ascends."""
+    """Cyclic sweeps, then Newton steps until no sign changes, on x' Q x - 2 q.x + 2 bound.|x|: x [T, K], Q [T, K, K].
+
+    The objective never rises.
+    """
     x = x.clone()
     rho = q - (Q @ x[:, :, None])[:, :, 0]
     curvature = Q.diagonal(dim1=1, dim2=2)
@@ -199,7 +210,7 @@ def _descend(Q: Tensor, q: Tensor, bound: Tensor, x: Tensor) -> Tensor:
 
 
 def _newton_step(Q: Tensor, q: Tensor, bound: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimiser on the face of the present signs, or the better of two points on the way; and whether signs change there.
+    """Minimiser on the face of the present signs, or the better of two points on the way, and whether signs change.
 
     These are the first sign change on the segment, and the minimiser with the changed signs set to zero. The objective
     falls along the segment whatever the rank of Q (ridged, the step stays finite), so the first point never ascends.

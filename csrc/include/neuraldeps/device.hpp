@@ -30,7 +30,7 @@ namespace nd {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Lane and warp of the calling thread in a block whose x-extent is a multiple of 32 or which is one-dimensional.
+// Lane and warp of the calling thread in a one-dimensional block.
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) & (kWarpSize - 1); }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 
