@@ -31,9 +31,8 @@ def faulty_program(sanitizer: str) -> Path:
 
 
 @cache
-def correct_program(sanitizer: str, *definitions: str) -> Path:
-    sources = [*DEVICE_SOURCES, TESTS / "device" / "emulator.cu"]
-    return emulation.build_program(sources, sanitizer=sanitizer, definitions=definitions)
+def correct_program(sanitizer: str) -> Path:
+    return emulation.build_program([*DEVICE_SOURCES, TESTS / "device" / "emulator.cu"], sanitizer=sanitizer)
 
 
 # What finds each fault, by build. Plain: in the three orders of ORDERS; the others: in the first alone.
@@ -139,7 +138,8 @@ def test_correct_kernels(sanitizer: str, order: str):
 
 
 def test_correct_kernels_with_the_portable_stack_switch():
-    result = emulation.run(correct_program("plain", "ND_EMU_UCONTEXT=1"), order="random:2")
+    program = emulation.build_program(DEVICE_SOURCES[:2], definitions=["ND_EMU_UCONTEXT=1"])
+    result = emulation.run(program, order="random:2")
     assert result.returncode == 0, result.stdout + result.stderr
 
 

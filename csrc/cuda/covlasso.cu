@@ -39,7 +39,7 @@ constexpr int kRows = 4;              // rows of S a thread reads at a time
 constexpr int kBins = 32;             // of violations, two an octave; one a lane
 constexpr int kMinAdd = 8;            // a step may always add this many coordinates
 constexpr int kMaxRefinements = 3;
-constexpr int kMaxDependent = 3;
+constexpr int kMaxDependent = 10;                   // steps that left out coordinates, before single pivots
 constexpr int kMaxBlocks = 1024;                    // of a launch
 constexpr int64_t kPoolBytes = int64_t{128} << 20;  // of the slices of one size
 constexpr unsigned kAll = 0xffffffffu;
@@ -217,7 +217,7 @@ struct Scratch {
   unsigned char* slice;
   int64_t slice_capacity;
   int task, lock;
-  int dependent;   // blocks that met coordinates dependent on others
+  int dependent;   // steps that met coordinates dependent on others
   int indefinite;  // was a pivot clearly negative?
 };
 
@@ -369,7 +369,7 @@ class Solver {
         continue;
       }
       capped = pivots_ >= args_.max_pivots;
-      stopped = capped || (guarded_ && scratch_.indefinite);
+      stopped = capped || scratch_.indefinite;
       if (!stopped) {
         resolve(change(flips, found, wanted));
         anchored_ = guarded_;
@@ -716,6 +716,7 @@ class Solver {
   // w = inv(S_AA) (s_A - a_A sign_A), where blocks from `first` on have changed.
   __device__ __forceinline__ void resolve(int first) {
     const int blocks = blocks_of(k_);
+    bool small = false;
     for (int b = first; b < blocks; b++) gather(b);
     __syncwarp();
     for (int b = first; b < blocks; b++) {
@@ -729,13 +730,14 @@ class Solver {
       if (warp_ == 0) {
         const int filled = k_ - b * W < W ? k_ - b * W : W;
         const Pivots pivots = invert_factor(active_.inverse(b), active_.temporary() + b * W, filled, guarded_, lane_);
-        if (pivots.negative && lane_ == 0) scratch_.indefinite = 1;
-        if (pivots.small && lane_ == 0) scratch_.dependent++;
+        if (pivots.negative && guarded_ && lane_ == 0) scratch_.indefinite = 1;  // else it may be rounding
+        small |= pivots.small;
 
         forward_block(active_.panel(b), b, active_.y(), active_.y(), lane_);
       }
       __syncthreads();
     }
+    if (thread_ == 0 && small) scratch_.dependent++;
     back(active_.y(), active_.w());
   }
 

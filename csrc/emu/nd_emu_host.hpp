@@ -304,38 +304,37 @@ inline cudaError_t refused(const char* name, dim3 grid, dim3 block, size_t share
   return returned(error);
 }
 
-// Runs the blocks one after another. Each thread gets its own copy of the parameters.
-template <class... Parameters, class... Arguments>
-cudaError_t run_blocks(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                       Arguments&&... arguments) {
-  const std::tuple<std::remove_const_t<Parameters>...> parameters(std::forward<Arguments>(arguments)...);
-  const auto body = [&] { std::apply(kernel, parameters); };
+// Runs call(body) in every thread of the grid, block after block.
+inline cudaError_t run_grid(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, Call call,
+                            const void* body) {
+  const std::lock_guard lock(launch_mutex);
+  if (const cudaError_t error = check_shape(grid, block)) return refused(name, grid, block, shared, error);
+  if (shared > shared_limit(kernel)) return refused(name, grid, block, shared, cudaErrorInvalidValue);
   Order order = Order::from_environment();
-  Block runner(grid, block, order);
+  Block runner(name, grid, block, shared, order);
+  in_launch = true;
+  bool succeeds = true;
   for (const uint64_t id : order.permutation(uint64_t{grid.x} * grid.y * grid.z)) {
-    const uint64_t rest = id / grid.x;
-    const uint3 block_id = {static_cast<unsigned>(id % grid.x), static_cast<unsigned>(rest % grid.y),
-                            static_cast<unsigned>(rest / grid.y)};
-    if (!runner.run(name, block_id, shared, body)) return cudaErrorLaunchFailure;
+    const uint64_t row = id / grid.x;
+    succeeds = runner.run(
+        {static_cast<unsigned>(id % grid.x), static_cast<unsigned>(row % grid.y), static_cast<unsigned>(row / grid.y)},
+        call, body);
+    if (!succeeds) break;
   }
-  return cudaSuccess;
+  in_launch = false;
+  return returned(succeeds ? cudaSuccess : cudaErrorLaunchFailure);
 }
 
-// What kernel<<<grid, block, shared, stream>>>(arguments...) does.
+// What kernel<<<grid, block, shared, stream>>>(arguments...) does. Each thread gets its own copy of the parameters.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t,
                    Arguments&&... arguments) {
   static_assert((!std::is_reference_v<Parameters> && ...), "a kernel takes its parameters by value");
   if (in_launch) fail("a kernel launches a kernel", {name});
-  const std::lock_guard lock(launch_mutex);
-  if (const cudaError_t error = check_shape(grid, block)) return refused(name, grid, block, shared, error);
-  if (shared > shared_limit(reinterpret_cast<const void*>(kernel))) {
-    return refused(name, grid, block, shared, cudaErrorInvalidValue);
-  }
-  in_launch = true;
-  const cudaError_t error = run_blocks(name, kernel, grid, block, shared, std::forward<Arguments>(arguments)...);
-  in_launch = false;
-  return returned(error);
+  const std::tuple<std::remove_const_t<Parameters>...> parameters(std::forward<Arguments>(arguments)...);
+  const auto body = [&] { std::apply(kernel, parameters); };
+  const Call call = [](const void* b) { (*static_cast<decltype(&body)>(b))(); };
+  return run_grid(name, reinterpret_cast<const void*>(kernel), grid, block, shared, call, &body);
 }
 
 }  // namespace nd_emu

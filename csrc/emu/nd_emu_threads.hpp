@@ -252,13 +252,16 @@ inline StackPool stack_pool;
 // Where a thread waits: name of the intrinsic and the place of the call.
 struct Place {
   const char* name = "";
-  std::source_location location;
+  std::source_location location = {};
 
   bool operator==(const Place& other) const {
     return location.line() == other.location.line() && location.column() == other.location.column() &&
            std::strcmp(name, other.name) == 0 && std::strcmp(location.file_name(), other.location.file_name()) == 0;
   }
 };
+
+// What a thread runs: a function of what it is given.
+using Call = void (*)(const void* body);
 
 struct Thread;
 // What a collective does for a group of lanes that has met: reads `sent`, writes `received`. lanes: the 32 of the warp.
@@ -297,8 +300,13 @@ inline Block* current = nullptr;  // the block that runs; one launch at a time
 
 class Block {
  public:
-  Block(dim3 grid, dim3 block, Order& order)
-      : grid(grid), block(block), threads_(block.x * block.y * block.z), order_(order) {
+  Block(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Order& order)
+      : grid(grid),
+        block(block),
+        kernel_(kernel),
+        shared_bytes_(shared_bytes),
+        order_(order),
+        threads_(block.x * block.y * block.z) {
     warps_.resize((threads_.size() + kWarpSize - 1) / kWarpSize);
     for (Thread& thread : threads_) {
       stack_pool.lend(thread);
@@ -319,27 +327,26 @@ class Block {
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  // Runs body() once a thread, as block `id` of the grid. False after a report.
-  template <class Body>
-  bool run(const char* kernel, uint3 id, size_t shared_bytes, const Body& body) {
-    name_ = kernel;
+  // Runs call(body) in every thread, as block `id` of the grid. False after a report.
+  bool run(uint3 id, Call call, const void* body) {
+    const std::unique_ptr<char[]> shared = fresh_shared();
     block_id = id;
-    const std::unique_ptr<char[]> shared = fresh_shared(shared_bytes);
     dynamic_shared = shared.get();
-    body_ = &body;
-    call_body_ = [](const void* b) { (*static_cast<const Body*>(b))(); };
+    call_ = call;
+    body_ = body;
     start();
-    Block* const outer = std::exchange(current, this);
+    current = this;
     order_members(scheduler_, everyone_.data(), everyone_.size());
     while (live_ > 0 && !failed_) {
-      if (head_ < ready_.size())
+      if (head_ < ready_.size()) {
         step(next_ready());
-      else
+      } else {
         open_barrier();
+      }
     }
     order_members(scheduler_, everyone_.data(), everyone_.size());
-    current = outer;
-    if (!failed_ && !guard_is_intact(shared_bytes)) report("a thread wrote past the end of the dynamic shared memory");
+    current = nullptr;
+    if (!failed_ && !guard_is_intact()) report("a thread wrote past the end of the dynamic shared memory");
     return !failed_;
   }
 
@@ -371,16 +378,17 @@ class Block {
 #endif
 
   // Dynamic shared memory of one block: NaN patterns, so that values read before they are written show.
-  static std::unique_ptr<char[]> fresh_shared(size_t bytes) {
-    if (bytes == 0) return nullptr;
-    std::unique_ptr<char[]> memory(new char[bytes + kGuardBytes]);
-    std::memset(memory.get(), 0xFF, bytes + kGuardBytes);
+  std::unique_ptr<char[]> fresh_shared() const {
+    if (shared_bytes_ == 0) return nullptr;
+    std::unique_ptr<char[]> memory(new char[shared_bytes_ + kGuardBytes]);
+    std::memset(memory.get(), 0xFF, shared_bytes_ + kGuardBytes);
     return memory;
   }
 
-  bool guard_is_intact(size_t bytes) const {
-    return !dynamic_shared || std::all_of(dynamic_shared + bytes, dynamic_shared + bytes + kGuardBytes,
-                                          [](char byte) { return byte == static_cast<char>(0xFF); });
+  bool guard_is_intact() const {
+    if (!dynamic_shared) return true;
+    const char* guard = dynamic_shared + shared_bytes_;
+    return std::all_of(guard, guard + kGuardBytes, [](char byte) { return byte == static_cast<char>(0xFF); });
   }
 
   ND_EMU_INTERNAL static void thread_main() {
@@ -390,7 +398,7 @@ class Block {
     __sanitizer_finish_switch_fiber(nullptr, &stack, &block.scheduler_.stack_size);
     block.scheduler_.stack = static_cast<const char*>(stack);
 #endif
-    block.call_body_(block.body_);
+    block.call_(block.body_);
     if (!block.self->copies.empty()) block.fail("a thread returns before its asynchronous copies are done");
     block.leave(Thread::kExited);
   }
@@ -485,8 +493,9 @@ class Block {
     for (const Thread& thread : threads_) {
       if (thread.state != Thread::kAtBlock) continue;
       if (!first) first = &thread;
-      if (!(thread.place == first->place))
+      if (!(thread.place == first->place)) {
         return report("threads of one block meet at different barriers", *first, thread);
+      }
       votes += thread.sent;
     }
     members_.clear();
@@ -501,7 +510,7 @@ class Block {
 
   ND_EMU_INTERNAL void report(const char* message) {
     failed_ = true;
-    std::fprintf(stderr, "nd_emu: %s<<<(%u,%u,%u), (%u,%u,%u)>>>, block (%u,%u,%u): %s\n", name_, grid.x, grid.y,
+    std::fprintf(stderr, "nd_emu: %s<<<(%u,%u,%u), (%u,%u,%u)>>>, block (%u,%u,%u): %s\n", kernel_, grid.x, grid.y,
                  grid.z, block.x, block.y, block.z, block_id.x, block_id.y, block_id.z, message);
   }
 
@@ -538,7 +547,9 @@ class Block {
     std::fprintf(stderr, first.mask ? ", mask %08x\n" : "\n", first.mask);
   }
 
-  const char* name_ = "";
+  const char* kernel_;
+  size_t shared_bytes_;
+  Order& order_;
   Context scheduler_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
@@ -546,9 +557,8 @@ class Block {
   std::vector<Thread*> ready_;  // from head_ on; before it those that have had their turn
   size_t head_ = 0, live_ = 0, at_barrier_ = 0;
   bool failed_ = false;
-  Order& order_;
+  Call call_ = nullptr;
   const void* body_ = nullptr;
-  void (*call_body_)(const void*) = nullptr;
 };
 
 // ---- what the running thread calls ----

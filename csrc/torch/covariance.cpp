@@ -9,13 +9,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cmath>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "neuraldeps/cpu_api.h"
+#include "neuraldeps/moments_problem.hpp"
 #include "neuraldeps/nvtx.hpp"
 
 namespace {
@@ -47,20 +47,7 @@ void check_weights(const Tensor& weights, const Tensor& x) {
   if (weights.dim() != 2 || weights.size(0) != x.size(0) || weights.size(1) != x.size(1) ||
       weights.scalar_type() != ScalarType::Double || weights.device() != x.device())
     invalid("weights must be float64 [B, N] on the device of x [B, N, n]");
-  const double* weight = static_cast<const double*>(weights.const_data_ptr());
-  for (int64_t i = 0; i < weights.numel(); i++) {
-    if (!(weight[i] >= 0) || std::isinf(weight[i]))
-      invalid("weights holds " + std::to_string(weight[i]) + "; expected finite numbers that are not negative");
-  }
-}
-
-// A column with NaN, infinities or overflow shows on the diagonal.
-void check_finite(const double* moment, int64_t n) {
-  for (int64_t j = 0; j < n; j++) {
-    if (!std::isfinite(moment[j * n + j]))
-      invalid("x has no finite covariance in column " + std::to_string(j) +
-              ": it holds NaN or infinity, or deviations whose squares overflow (float32: beyond about 1e19)");
-  }
+  nd::cpu::check_weights(static_cast<const double*>(weights.const_data_ptr()), weights.numel());
 }
 
 std::tuple<Tensor, Tensor, Tensor> centered_moments_cpu(Tensor x, OptionalTensor weights) {
@@ -117,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> centered_moments_cpu(Tensor x, OptionalTensor
       }
     });
   }
-  for (int64_t b = 0; b < batch; b++) check_finite(moments + b * n * n, n);
+  for (int64_t b = 0; b < batch; b++) nd::cpu::check_finite_moment(moments + b * n * n, n);
   return {weight_sum, mean, moment};
 }
 

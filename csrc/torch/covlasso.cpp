@@ -1,4 +1,4 @@
-// Operators of the hot path covlasso: checks, padding, dispatch.
+// Operators of the hot path covlasso: checks of shapes and types, memory, dispatch.
 //
 //   covlasso    T independent problems from one covariance (csrc/cpu/covlasso.cpp, csrc/cuda/covlasso.cu)
 //   lambda_max  the smallest lam of each target at which no category is left
@@ -10,32 +10,30 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cmath>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "cuda_library.hpp"
+#include "neuraldeps/covlasso_problem.hpp"
 #include "neuraldeps/cpu_api.h"
 #include "neuraldeps/nvtx.hpp"
 
 namespace {
 
+using nd::invalid;
+using nd::leading_dimension;
 using nd::cpu::CovlassoArgs;
-using nd::cpu::CovlassoPackArgs;
-using nd::cpu::CovlassoPackFacts;
+using nd::cpu::CovlassoKernels;
 using nd::cpu::kCovlassoInfoSize;
-using nd::cpu::kCovlassoTile;
-using nd::cpu::kernels;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr double kAsymmetryAllowed = 1e-5;  // of the largest variance: what other libraries' rounding leaves
-
-[[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
+// Threads as covlasso_problem.hpp takes them.
+constexpr auto parallel = [](int64_t count, int64_t grain, const auto& f) {
+  torch::stable::parallel_for(0, count, grain, f);
+};
 
 std::string shape_of(const Tensor& x) {
   std::string text = "[";
@@ -68,81 +66,12 @@ void check_solve_arguments(const Tensor& cov, const Tensor& targets, const Tenso
 }
 
 void check_targets(const Tensor& targets, int64_t n) {
-  const int64_t* target = static_cast<const int64_t*>(targets.const_data_ptr());
-  for (int64_t t = 0; t < targets.size(0); t++) {
-    if (target[t] < 0 || target[t] >= n)
-      invalid("targets[" + std::to_string(t) + "] is " + std::to_string(target[t]) + "; expected 0 to " +
-              std::to_string(n - 1));
-  }
-}
-
-// Rows of whole 64-byte lines, 16 values at least, and an odd number of lines: a power of two would map rows on one set
-// of cache lines.
-int64_t leading_dimension(int64_t n, int64_t bytes) {
-  const int64_t lines = (n + 15) / 16 * 16 * bytes / 64;
-  return (lines | 1) * 64 / bytes;
+  nd::cpu::check_targets(static_cast<const int64_t*>(targets.const_data_ptr()), targets.size(0), n);
 }
 
 template <class T>
 const T* data_of(const OptionalTensor& x) {
   return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
-}
-
-template <class T>
-struct Entry;
-template <>
-struct Entry<float> {
-  static auto solve() { return kernels().covlasso_f32; }
-  static auto pack() { return kernels().covlasso_pack_f32; }
-  static auto lambda_max() { return kernels().lambda_max_f32; }
-};
-template <>
-struct Entry<double> {
-  static auto solve() { return kernels().covlasso_f64; }
-  static auto pack() { return kernels().covlasso_pack_f64; }
-  static auto lambda_max() { return kernels().lambda_max_f64; }
-};
-
-// The power of two that brings the largest variance near one; checks the diagonal.
-template <class T>
-double scale_of(const T* cov, int64_t n, int64_t stride) {
-  double top = 0;
-  for (int64_t i = 0; i < n; i++) {
-    const double variance = cov[i * stride + i];
-    if (!std::isfinite(variance))
-      invalid("cov has a NaN or infinite entry at [" + std::to_string(i) + ", " + std::to_string(i) + "]");
-    if (variance < 0)
-      invalid("cov[" + std::to_string(i) + ", " + std::to_string(i) + "] is " + std::to_string(variance) +
-              "; a variance is not negative");
-    top = variance > top ? variance : top;
-  }
-  return top > 0 ? std::ldexp(1.0, -std::ilogb(top)) : 1.0;
-}
-
-struct Packed {
-  Tensor rows;  // [n, ld]
-  double scale;
-};
-
-template <class T>
-Packed pack(const Tensor& cov) {
-  const int64_t n = cov.size(0), ld = leading_dimension(n, sizeof(T)), tiles = (n + kCovlassoTile - 1) / kCovlassoTile;
-  const T* source = static_cast<const T*>(cov.const_data_ptr());
-  const double scale = scale_of(source, n, cov.stride(0));
-  Packed packed = {torch::stable::new_empty(cov, {n, ld}), scale};
-  std::vector<CovlassoPackFacts> facts(static_cast<size_t>(tiles));
-  const CovlassoPackArgs<T> args = {
-      source, n, cov.stride(0), ld, scale, static_cast<T*>(packed.rows.mutable_data_ptr()), facts.data()};
-  torch::stable::parallel_for(0, tiles, 8, [&](int64_t begin, int64_t end) { Entry<T>::pack()(args, begin, end); });
-  double asymmetry = 0;
-  for (const CovlassoPackFacts& fact : facts) {
-    if (!fact.finite) invalid("cov has a NaN or infinite entry");
-    asymmetry = fact.asymmetry > asymmetry ? fact.asymmetry : asymmetry;
-  }
-  if (asymmetry > 2 * kAsymmetryAllowed)  // the largest variance is below 2 after scaling
-    invalid("cov is not symmetric: entries differ by up to " + std::to_string(asymmetry / scale) +
-            " from their mirror image");
-  return packed;
 }
 
 struct Solution {
@@ -161,21 +90,16 @@ template <class T>
 Solution solve_on_cpu(const Tensor& cov, const Tensor& targets, const Tensor& lam, const OptionalTensor& penalty,
                       double tol, int64_t max_pivots, int64_t capacity) {
   const int64_t n = cov.size(0), num_targets = targets.size(0);
-  const Packed packed = pack<T>(cov);
+  Tensor packed = torch::stable::new_empty(cov, {n, leading_dimension(n, sizeof(T))});
+  T* const rows = static_cast<T*>(packed.mutable_data_ptr());
+  const double scale =
+      nd::cpu::pack_covariance(static_cast<const T*>(cov.const_data_ptr()), n, cov.stride(0), rows, parallel);
   Solution solution = empty_solution(cov, num_targets, capacity);
-  std::vector<double> scaled(static_cast<size_t>(num_targets));
-  for (int64_t t = 0; t < num_targets; t++) {
-    const double value = static_cast<const double*>(lam.const_data_ptr())[t];
-    if (!(value >= 0) || std::isinf(value))
-      invalid("lam[" + std::to_string(t) + "] is " + std::to_string(value) + "; expected a finite positive number");
-    scaled[static_cast<size_t>(t)] = value * packed.scale;
-  }
-  double* info = static_cast<double*>(solution.info.mutable_data_ptr());
-  const CovlassoArgs<T> args = {static_cast<const T*>(packed.rows.const_data_ptr()),
+  const CovlassoArgs<T> args = {rows,
                                 n,
-                                packed.rows.size(1),
+                                packed.size(1),
                                 static_cast<const int64_t*>(targets.const_data_ptr()),
-                                scaled.data(),
+                                static_cast<const double*>(lam.const_data_ptr()),
                                 data_of<T>(penalty),
                                 penalty && penalty->dim() == 2 ? n : 0,
                                 tol,
@@ -184,12 +108,8 @@ Solution solve_on_cpu(const Tensor& cov, const Tensor& targets, const Tensor& la
                                 static_cast<T*>(solution.value.mutable_data_ptr()),
                                 capacity,
                                 static_cast<int32_t*>(solution.count.mutable_data_ptr()),
-                                info};
-  torch::stable::parallel_for(0, num_targets, 1,
-                              [&](int64_t begin, int64_t end) { Entry<T>::solve()(args, begin, end); });
-  for (int64_t t = 0; t < num_targets; t++)
-    for (const int field : {nd::cpu::kErr2, nd::cpu::kDualityGap, nd::cpu::kLambdaMax})
-      info[t * kCovlassoInfoSize + field] /= packed.scale;
+                                static_cast<double*>(solution.info.mutable_data_ptr())};
+  nd::cpu::solve_packed(args, num_targets, scale, parallel);
   return solution;
 }
 
@@ -216,8 +136,8 @@ void lambda_max_on_cpu(const Tensor& cov, const Tensor& targets, const OptionalT
   args.targets = static_cast<const int64_t*>(targets.const_data_ptr());
   args.penalty = data_of<T>(penalty);
   args.penalty_stride = penalty && penalty->dim() == 2 ? args.n : 0;
-  torch::stable::parallel_for(0, targets.size(0), 64,
-                              [&](int64_t begin, int64_t end) { Entry<T>::lambda_max()(args, out, begin, end); });
+  parallel(targets.size(0), 64,
+           [&](int64_t begin, int64_t end) { CovlassoKernels<T>::lambda_max()(args, out, begin, end); });
 }
 
 Tensor lambda_max_cpu(Tensor cov, Tensor targets, OptionalTensor penalty) {

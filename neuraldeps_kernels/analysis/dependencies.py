@@ -750,7 +750,8 @@ def _solve_positive(A: Tensor, c: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(A)
     diagonal = factor.diagonal()
     if len(A) and (failed or diagonal.min() <= 1e-7 * A.diagonal().max().sqrt()):
-        return torch.linalg.pinv(A, rtol=1e-12, hermitian=True) @ c
+        inverse: Tensor = torch.linalg.pinv(A, rtol=1e-12, hermitian=True)
+        return inverse @ c
     return torch.cholesky_solve(c[:, None], factor)[:, 0]
 
 

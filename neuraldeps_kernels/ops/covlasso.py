@@ -378,8 +378,7 @@ def _solution(cov: Tensor, targets: Tensor, lam: Tensor, parts: list[_Compact]) 
 # ------------------------------------------------------------------------------------------------ operator rules
 
 
-@torch.library.register_fake("neuraldeps::covlasso")
-def _(
+def _fake_covlasso(
     cov: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None, tol: float, max_pivots: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = targets.shape[0]
@@ -391,8 +390,7 @@ def _(
     )
 
 
-@torch.library.register_fake("neuraldeps::lambda_max")
-def _(cov: Tensor, targets: Tensor, penalty: Tensor | None) -> Tensor:
+def _fake_lambda_max(cov: Tensor, targets: Tensor, penalty: Tensor | None) -> Tensor:
     return cov.new_empty(targets.shape, dtype=torch.float64)
 
 
@@ -403,8 +401,7 @@ _library.define(
 )
 
 
-@torch.library.register_fake("neuraldeps::covlasso_backward")
-def _(
+def _fake_covlasso_backward(
     grad: Tensor, cov: Tensor, targets: Tensor, penalty: Tensor | None, index: Tensor, value: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor]:
     return cov.new_empty(cov.shape), cov.new_empty(targets.shape, dtype=torch.float64)
@@ -536,7 +533,7 @@ class _SolveTargets(torch.autograd.Function):
             return _solve_by_reference(*args)
         return torch.ops.neuraldeps.covlasso(*args)  # type: ignore[no-any-return]
 
-    setup_context = staticmethod(_save_for_gradient)  # type: ignore[assignment]
+    setup_context = staticmethod(_save_for_gradient)
     backward = staticmethod(_gradient)
 
     @staticmethod
@@ -563,9 +560,12 @@ class _LambdaMax(torch.autograd.Function):
 
 
 def _register() -> None:
-    torch.library.register_autograd("neuraldeps::covlasso", _gradient, setup_context=_setup_operator_context)
+    torch.library.register_fake("neuraldeps::covlasso", _fake_covlasso)
+    torch.library.register_fake("neuraldeps::lambda_max", _fake_lambda_max)
+    torch.library.register_fake("neuraldeps::covlasso_backward", _fake_covlasso_backward)
+    torch.library.register_autograd("neuraldeps::covlasso", _gradient, setup_context=_save_for_gradient)
     torch.library.register_autograd(
-        "neuraldeps::lambda_max", _LambdaMax.backward, setup_context=_setup_lambda_max_context
+        "neuraldeps::lambda_max", _LambdaMax.backward, setup_context=_LambdaMax.setup_context
     )
     for name in ("covlasso", "lambda_max", "covlasso_backward"):
         op = getattr(torch.ops.neuraldeps, name).default
@@ -577,14 +577,6 @@ def _register() -> None:
     for name in ("covlasso", "lambda_max"):
         for device in ("cpu", "cuda"):
             torch.library.register_autocast(f"neuraldeps::{name}", device, torch.float32)
-
-
-def _setup_operator_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save_for_gradient(ctx, inputs, output)
-
-
-def _setup_lambda_max_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
 
 
 _register()

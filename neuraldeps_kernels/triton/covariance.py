@@ -108,7 +108,9 @@ def partial_moments_kernel(
                 total = tl.dot(tl.trans(y_j), y_i, total, input_precision="tf32x3")
             else:
                 total = tl.dot(tl.trans(y_j), y_i, total, input_precision="ieee", out_dtype=tl.float64)
-        tl.store(partial_ptrs, tl.load(partial_ptrs) + total.to(tl.float64))
+        for half in range(2):  # at once, the float64 values of the tile would not fit the registers
+            mask = (offsets[:, None] // (BLOCK // 2) == half) & (offsets[None, :] < BLOCK)
+            tl.store(partial_ptrs, tl.load(partial_ptrs, mask=mask) + total.to(tl.float64), mask=mask)
         if tile_row == tile_column:  # again over rows that lie in L2: above, these sums would cost registers
             column_sums = tl.zeros([BLOCK], SUM)
             for first in range(start, flush_end, BLOCK_ROWS):
@@ -169,11 +171,8 @@ class Config:
 def config_of(n: int, dtype: torch.dtype, weighted: bool) -> Config:
     """The configuration for n columns: the largest tile whose sums fit the registers of one program."""
     block = min(64 if dtype == torch.float64 else 128, max(16, triton.next_power_of_2(n)))
-    if dtype == torch.float64:
-        return Config(block, block_rows=16, flush_rows=1024, num_warps=4, num_stages=2)
-    if dtype == torch.float32 or weighted:
-        return Config(block, block_rows=32, flush_rows=1024, num_warps=8 if block == 128 else 4, num_stages=2)
-    return Config(block, block_rows=64, flush_rows=1024, num_warps=8 if block == 128 else 4, num_stages=3)
+    one_pass = dtype.itemsize == 2 and not weighted
+    return Config(block, 64 if one_pass else 16, flush_rows=1024, num_warps=8 if block == 128 else 4, num_stages=2)
 
 
 def num_splits(rows: int, tiles: int) -> int:
