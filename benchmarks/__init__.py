@@ -1,4 +1,4 @@
-"""Benchmarks against other packages, run from a checkout: `python -m benchmarks covlasso --quick`, see README.md here."""
+"""Benchmarks against other packages, run from a checkout: `python -m benchmarks covlasso --quick`; see README.md."""
 
 from __future__ import annotations
 

@@ -9,22 +9,23 @@ prints a table and appends one JSON line.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import importlib
 import importlib.metadata
 import json
+import math
+import os
 import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import nvtx
 import torch
 from rich.console import Console
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHES = ("covlasso", "covariance", "overhead")
 SCHEMA = 1
 MIN_ROUNDS = 5
+TABLE_WIDTH = 150  # columns, where the output is no wider terminal
 VERSIONS = ("numpy", "scipy", "scikit-learn", "adelie", "celer", "skglm", "scm2cpp-learn")
 
 
@@ -56,6 +58,7 @@ class Contender:
     limit: float = float("inf")  # largest error at which the time counts
     goal: float | None = None  # ours: microseconds a unit; a peer: its time over ours
     note: str = ""  # settings, such as the tolerance chosen
+    clock: Callable[[Any], float] | None = None  # seconds, from what `run` returns, where another process took them
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Budget:
 
     @staticmethod
     def of(quick: bool) -> Budget:
-        return Budget(True, 1.5, 0.05, 2.0) if quick else Budget(False, 20.0, 0.6, 60.0)
+        return Budget(True, 1.5, 0.05, 2.0) if quick else Budget(False, 12.0, 0.3, 20.0)
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -118,13 +121,25 @@ def within_limit(contender: Contender, error: float | None) -> bool:
     return error is None or error <= contender.limit
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def seconds_of(
+    run: Callable[[], Any],
+    clock: Callable[[Any], float] | None = None,
+    timer: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds of one run by `timer`, or by the contender's own clock."""
+    start = timer()
+    result = run()
+    return timer() - start if clock is None else clock(result)
 
 
-def interleaved_seconds(contenders: Sequence[Contender], budget: Budget, seed: int = 0) -> dict[str, list[float]]:
+def timer_for(threads: int) -> Callable[[], float]:
+    """One thread: CPU time of this process, which other processes on the machine do not stretch; else wall time."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def interleaved_seconds(
+    contenders: Sequence[Contender], budget: Budget, timer: Callable[[], float], seed: int = 0
+) -> dict[str, list[float]]:
     """Seconds a unit of every contender, one entry a round; the order within a round is random."""
     order, chance = list(contenders), random.Random(seed)
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
@@ -132,7 +147,7 @@ def interleaved_seconds(contenders: Sequence[Contender], budget: Budget, seed: i
     while len(seconds[order[0].name]) < MIN_ROUNDS or time.perf_counter() - start < budget.case_seconds:
         chance.shuffle(order)
         for contender in order:
-            seconds[contender.name].append(seconds_of(contender.run) / contender.units)
+            seconds[contender.name].append(seconds_of(contender.run, contender.clock, timer) / contender.units)
     return seconds
 
 
@@ -143,31 +158,34 @@ def floor_seconds(case: Case) -> float | None:
 
 @functools.cache
 def measured_rates(threads: int, buffer_bytes: int, dtype: torch.dtype) -> Rates:
-    """Best of some runs of `Tensor.copy_` on two buffers of this size, and of a matrix product of this dtype."""
+    """Best of some runs of `Tensor.copy_` on two buffers of this size, and of a matrix product of this dtype.
+
+    The product is torch's or NumPy's, whichever is faster: on some processors either has half the rate of the other.
+    """
+    timer = timer_for(threads)
     with threads_limited(threads):
         source = torch.ones(buffer_bytes // 4)
         target = torch.empty_like(source)
         repeats = max(1, (1 << 26) // buffer_bytes)
-        copy = min(seconds_of(lambda: [target.copy_(source) for _ in range(repeats)]) for _ in range(9)) / repeats
+        copy = min(seconds_of(lambda: [target.copy_(source) for _ in range(repeats)], timer=timer) for _ in range(9))
         size = 1024
         a = torch.randn(size, size).to(dtype)
-        gemm = min(seconds_of(lambda: a @ a) for _ in range(9))
+        b = a.float().numpy() if dtype == torch.bfloat16 else a.numpy()
+        gemm = min(seconds_of(product, timer=timer) for _ in range(9) for product in (lambda: a @ a, lambda: b @ b))
+    copy /= repeats
     return Rates(2 * source.nbytes / copy, 2 * size**3 / gemm)
 
 
-class threads_limited:  # noqa: N801  used like a function
-    """Context in which torch and the BLAS libraries use this many threads."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads, self.before = threads, torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        torch.set_num_threads(self.threads)
-        self.pools = threadpool_limits(self.threads)
-
-    def __exit__(self, *_: object) -> None:
-        self.pools.restore_original_limits()
-        torch.set_num_threads(self.before)
+@contextlib.contextmanager
+def threads_limited(threads: int) -> Iterator[None]:
+    """torch and the BLAS libraries use this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with threadpool_limits(threads):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure(case: Case, budget: Budget) -> dict[str, Any]:
@@ -179,15 +197,16 @@ def measure(case: Case, budget: Budget) -> dict[str, Any]:
         rivals = [*case.variants, *(peer for peer in case.peers if isinstance(peer, Contender))]
         errors |= {rival.name: checked_error(rival) for rival in rivals}
         timed = [case.ours, *(rival for rival in rivals if within_limit(rival, errors[rival.name]))]
-        seconds = interleaved_seconds(timed, budget)
+        seconds = interleaved_seconds(timed, budget, timer_for(case.threads))
 
     def entry(contender: Contender | Missing) -> dict[str, Any]:
         if isinstance(contender, Missing):
             return {"name": contender.name, "status": "missing", "reason": contender.reason}
-        facts = {"name": contender.name, "error": errors[contender.name], "note": contender.note}
-        facts |= {"goal": contender.goal, "units": contender.units}
+        error = errors[contender.name]
+        facts = {"name": contender.name, "error": None if error is None or math.isnan(error) else error}
+        facts |= {"note": contender.note, "goal": contender.goal, "units": contender.units}
         if contender.name not in seconds:
-            return facts | {"status": "refused", "reason": f"error above {contender.limit:.0e}"}
+            return facts | {"status": "refused", "reason": f"error {error:.0e}, allowed {contender.limit:.0e}"}
         return facts | {"status": "timed"} | _summary(seconds[contender.name], seconds[case.ours.name])
 
     floor = floor_seconds(case)
@@ -195,10 +214,12 @@ def measure(case: Case, budget: Budget) -> dict[str, Any]:
     return {
         "case": case.name,
         "parameters": case.parameters | {"threads": case.threads},
+        "timer": "process CPU" if case.threads == 1 else "wall",
         "facts": case.facts,
         "ours": ours,
         "variants": [entry(variant) for variant in case.variants],
         "peers": [entry(peer) for peer in case.peers],
+        "load": os.getloadavg()[0],  # jobs that wanted a core in the last minute, this one included
         "rounds": len(seconds[case.ours.name]),
         "bytes": case.bytes,
         "flops": case.flops,
@@ -237,19 +258,12 @@ def machine() -> dict[str, Any]:
             versions[name] = "not installed"
     return {
         "device": _processor(),
-        "cores": len(os_affinity()),
+        "cores": len(os.sched_getaffinity(0)),
         "cpu_level": torch.ops.neuraldeps.cpu_levels()[2],
         "versions": versions,
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def os_affinity() -> set[int]:
-    """Cores this process may use."""
-    import os
-
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _commit() -> str:
@@ -271,7 +285,9 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 def print_record(record: dict[str, Any], console: Console) -> None:
     """The table of a case: times a unit, ratio to ours with its quartiles, goal, error."""
     facts = "  ".join(f"{name} {value}" for name, value in record["facts"].items())
-    table = Table(title=f"{record['case']}   {facts}", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"{record['case']}   {facts}", title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
     for column in ("", "us", "quartiles", "x ours", "quartiles", "goal", "error", ""):
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=column != "")
     rows = [(record["ours"], True), *((v, False) for v in record["variants"]), *((p, False) for p in record["peers"])]
@@ -304,13 +320,15 @@ def _cells(entry: dict[str, Any], is_ours: bool) -> list[str]:
 
 def run_command(argv: Sequence[str]) -> int:
     """`python -m benchmarks`: runs the chosen benchmarks, prints tables, appends JSON lines."""
-    options = _parser().parse_args(argv)
-    budget, console = Budget.of(options.quick), Console()
-    names = BENCHES if options.bench == "all" else (options.bench,)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if unknown := set(options.bench) - set(BENCHES):
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; expected {', '.join(BENCHES)}")
+    budget, console = Budget.of(options.quick), Console(width=max(Console().width, TABLE_WIDTH))
     facts = machine()
     console.print(f"{facts['device']}, {facts['cores']} cores, level {facts['cpu_level']}, commit {facts['commit']}")
     failures = found = 0
-    for name in names:
+    for name in options.bench or BENCHES:
         for build in importlib.import_module(f"benchmarks.bench_{name}").cases(budget, options):
             if options.case and options.case not in build.name:
                 continue
@@ -329,9 +347,7 @@ class Recipe:
     build: Callable[[], Case]
 
 
-def _run_case(
-    bench: str, recipe: Recipe, budget: Budget, options: argparse.Namespace, console: Console
-) -> bool:
+def _run_case(bench: str, recipe: Recipe, budget: Budget, options: argparse.Namespace, console: Console) -> bool:
     """Whether our result was right; the record goes to the results file."""
     case = recipe.build()
     if options.profile:
@@ -343,7 +359,8 @@ def _run_case(
         console.print(f"[red]WRONG RESULT[/red] {error}")
         return False
     print_record(record, console)
-    append_record(options.results, {"schema": SCHEMA, "bench": bench, "quick": budget.quick, **machine(), **record})
+    results = options.results or default_results(budget.quick)
+    append_record(results, {"schema": SCHEMA, "bench": bench, "quick": budget.quick, **machine(), **record})
     return True
 
 
@@ -362,16 +379,11 @@ def default_results(quick: bool) -> Path:
     return ROOT / "out" / "bench" / f"{day}-quick.jsonl" if quick else ROOT / "benchmarks/results" / f"{day}-cpu.jsonl"
 
 
-class _Parser(argparse.ArgumentParser):
-    def parse_args(self, *args: Any, **keywords: Any) -> argparse.Namespace:  # type: ignore[override]
-        options = super().parse_args(*args, **keywords)
-        options.results = options.results or default_results(options.quick)
-        return options
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="benchmarks", description="Times the kernels against other packages at equal accuracy.")
-    parser.add_argument("bench", nargs="?", default="all", choices=(*BENCHES, "all"))
+    parser = argparse.ArgumentParser(
+        prog="benchmarks", description="Times the kernels against other packages at equal accuracy."
+    )
+    parser.add_argument("bench", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)}; default all")
     parser.add_argument("--quick", action="store_true", help="seconds a case instead of minutes")
     parser.add_argument("--case", metavar="TEXT", help="only cases with TEXT in their name")
     parser.add_argument("--results", type=Path, metavar="FILE", help="JSON lines are appended here")

@@ -157,6 +157,21 @@ def test_an_unknown_case_fails():
     assert emulation.run(correct_program("plain"), "no_such_case").returncode == 1
 
 
+@pytest.mark.parametrize("variable", ["ND_EMU_ORDER=random:x", "ND_EMU_ORDER=backward", "ND_EMU_DEVICE=sm_10"])
+def test_an_unknown_setting_is_refused(variable: str):
+    name, _, value = variable.partition("=")
+    settings = {"ND_EMU_DEVICE": "sm_90", name: value}
+    result = emulation.run(
+        correct_program("plain"),
+        "last_error",
+        "vector_loads",
+        order=settings.pop("ND_EMU_ORDER", "forward"),
+        **settings,
+    )
+    assert result.returncode != 0
+    assert f"{variable}: expected one of" in result.stderr
+
+
 # ---- half and bfloat16 against NumPy and torch ----
 
 

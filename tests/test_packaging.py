@@ -351,7 +351,7 @@ def files_of(wheel: Path) -> set[str]:
 
 def expected_files(cuda: bool) -> set[str]:
     package = ROOT / "neuraldeps_kernels"
-    sources = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
+    sources = {str(path.relative_to(ROOT)) for path in package.rglob("*.py*") if path.suffix in (".py", ".pyi")}
     data = {
         str(path.relative_to(ROOT)) for path in (package / "data").iterdir() if path.suffix in (".npz", ".txt", ".json")
     }

@@ -34,6 +34,7 @@ namespace {
 constexpr int kMinAdd = 8;             // a step may always add this many coordinates
 constexpr int kGuardAfter = 60;        // iterations before single pivots
 constexpr int kSmallViewDivisor = 16;  // gather a sub-matrix when this many times its size is below n
+constexpr int kMaxStalled = 50;        // entries without a smaller violation, beside one a coordinate
 constexpr int kMaxSettled = 20;        // refinements of one solution among single pivots
 constexpr int kOrderAbove = 64;        // shorter active sets are not reordered: a late block costs little more
 constexpr double kSafety = 0.85;       // part of the tolerance used here; the rest covers rounding of the certificate
@@ -43,7 +44,7 @@ constexpr T kPivotFloor = sizeof(T) == 4 ? T(1e-6) : T(1e-14);  // of the diagon
 template <class T>
 constexpr T kDependent = sizeof(T) == 4 ? T(1e-5) : T(1e-12);  // of the diagonal: a smaller pivot means dependence
 template <class T>
-constexpr T kNegativePivot = sizeof(T) == 4 ? T(1e-4) : T(1e-10);  // of the diagonal: below minus this, S is not PSD
+constexpr T kNegativePivot = sizeof(T) == 4 ? T(1e-2) : T(1e-6);  // of the diagonal: below minus this, S is not PSD
 
 ND_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 ND_INLINE int larger(int a, int b) { return a > b ? a : b; }
@@ -431,6 +432,7 @@ class Solver {
     k_ = 0;
     pivots_ = 0;
     semidefinite_ = true;
+    precise_ = false;
     penalty_ = args_.penalty ? args_.penalty + args_.penalty_stride * t : nullptr;
     full_view();
     if (penalty_)
@@ -446,8 +448,14 @@ class Solver {
       const Check check = examine();
       const int violators = violations();
       if (!check.flips && !violators) {
-        if (view_.gathered || settle(check.residual)) return Outcome::converged;
-        continue;  // w has moved a little: look again
+        if (view_.gathered) return Outcome::converged;
+        if (!precise_ && rounding_shows()) {
+          precise_ = true;
+          gradient();
+        } else if (settle(check.residual)) {
+          return Outcome::converged;
+        }
+        continue;  // g or w has moved a little: look again
       }
       if (pivots_ >= args_.max_pivots) return Outcome::capped;
       if (step == 1 && !view_.gathered && (k_ + violators) * kSmallViewDivisor < n_) {
@@ -467,9 +475,11 @@ class Solver {
   // on these signs, or to the first sign change, which is dropped. The objective falls with every pivot.
   Outcome single_pivots() {
     k_ = 0;
+    precise_ = true;
     resolve(0);
     gradient();
-    for (int settled = 0; pivots_ < args_.max_pivots;) {
+    T best = std::numeric_limits<T>::max();
+    for (int settled = 0, stalled = 0; pivots_ < args_.max_pivots;) {
       const Check check = examine();
       if (check.flips) {
         resolve(drop(blocking_coordinate()));
@@ -479,6 +489,10 @@ class Solver {
       } else {
         const int violators = violations();
         if (!violators) return exact_residual() <= tol_ / T(kSafety) ? Outcome::converged : Outcome::failed;
+        const T worst = max_magnitude<T>(excess_, violators);
+        stalled = worst < best ? 0 : stalled + 1;
+        best = worst < best ? worst : best;
+        if (stalled > kMaxStalled + k_) return Outcome::failed;  // rounding moves it in circles
         settled = 0;
         keep_largest<T>(index_, excess_, violators, 1, 0);
         for (int e = 0; e < k_; e++) anchor_[e] = w_[e];
@@ -559,9 +573,31 @@ class Solver {
     factor_.back(blocks, y_, w_);
   }
 
-  // g = S w - s on the view.
+  // g = S w - s on the view, summed in float64 where that shows.
   void gradient() {
+    if (sizeof(T) == 4 && precise_) return precise_gradient();
     combine_rows<T>(g_, view_.target, [&](int e) { return view_.row(active_[e]); }, w_, k_, view_.length);
+  }
+
+  void precise_gradient() {
+    double* sum = sums_;
+    for (int j = 0; j < view_.length; j++) sum[j] = -static_cast<double>(view_.target[j]);
+    for (int e = 0; e < k_; e++) {
+      const T* r = view_.row(active_[e]);
+      const double w = w_[e];
+#pragma omp simd
+      for (int j = 0; j < view_.length; j++) sum[j] += w * r[j];
+    }
+    for (int j = 0; j < view_.length; j++) g_[j] = static_cast<T>(sum[j]);
+  }
+
+  // Rounding of a pass, estimated as that of k random terms, is a sizeable part of the tolerance. Packing has brought
+  // the largest variance below 2.
+  bool rounding_shows() {
+    if (sizeof(T) != 4) return false;
+    double squares = 0;
+    for (int e = 0; e < k_; e++) squares += static_cast<double>(w_[e]) * w_[e] * view_.row(active_[e])[active_[e]];
+    return std::numeric_limits<T>::epsilon() / 2 * std::sqrt(2 * squares) > kSafety / 4 * args_.tol * top_;
   }
 
   // defect = s - S w - pull on A, summed in float64; returns its largest magnitude.
@@ -633,7 +669,8 @@ class Solver {
 
   // Column j enters with w at a minimiser on the active set. If it is a combination z of the active columns, w moves
   // along that combination, which leaves S w as it is and lowers the objective, until a coordinate reaches zero and
-  // makes room. Returns the first changed block, -1 if no coordinate ever does: then S is not positive semidefinite.
+  // makes room. Returns the first changed block, -1 if none ever does, be it by rounding or because S is not
+  // positive semidefinite.
   int enter(int j) {
     const T *column = view_.row(j), variance = column[j], direction = g_[j] > 0 ? T(-1) : T(1);
     const int blocks = blocks_of(k_, W);
@@ -645,9 +682,9 @@ class Solver {
     anchor_[k_] = 0;
     if (!(pivot > kDependent<T> * variance)) {
       factor_.back(blocks, scratch_, scratch2_);
-      const int leaving = variance > 0 && pivot > -kNegativePivot<T> * variance ? first_to_vanish(direction) : -1;
-      semidefinite_ = leaving >= 0;
-      if (!semidefinite_) return -1;
+      semidefinite_ = variance > 0 && pivot > -kNegativePivot<T> * variance;
+      const int leaving = semidefinite_ ? first_to_vanish(direction) : -1;
+      if (leaving < 0) return -1;
       const T length = w_[leaving] / (direction * scratch2_[leaving]);
       for (int e = 0; e < k_; e++) anchor_[e] -= length * direction * scratch2_[e];
       first = smaller(first, drop(leaving));
@@ -834,13 +871,13 @@ class Solver {
   T a_ = 0, top_ = 0, tol_ = 0;
   const T* penalty_ = nullptr;
   int64_t pivots_ = 0;
-  bool semidefinite_ = true;
+  bool semidefinite_ = true, precise_ = false;
   View<T> view_ = {};
   BlockFactor<T> factor_;
   Buffer<int> active_;            // [k] columns of the view in the active set
   Buffer<T> pull_, w_, anchor_;   // [k] a_j sign, coefficient, last point feasible in sign
   Buffer<T> y_, right_, defect_;  // [k] inv(R')(s_A - pull), s_A - pull, -(g + pull)
-  Buffer<double> sums_;           // [k]
+  Buffer<double> sums_;           // [n]
   Buffer<T> g_, excess_, bound_;  // [n] gradient, violations, a_j
   Buffer<int> index_;             // [n] violators
   Buffer<int> columns_, filled_;  // [m] columns of S in the small view, rows gathered

@@ -42,8 +42,7 @@ constexpr int kMaxRefinements = 3;
 constexpr int kMaxDependent = 10;                   // steps that left out coordinates, before single pivots
 constexpr int kMaxBlocks = 1024;                    // of a launch
 constexpr int64_t kPoolBytes = int64_t{128} << 20;  // of the slices of one size
-constexpr unsigned kAll = 0xffffffffu;
-constexpr double kSafety = 0.85;  // part of the tolerance at which a violator is taken up
+constexpr double kSafety = 0.85;                    // part of the tolerance at which a violator is taken up
 
 // Small values bring small matrices to the paths of large ones in the tests.
 #if !defined(ND_COVLASSO_GUARD_AFTER)
@@ -87,7 +86,7 @@ __device__ __forceinline__ T magnitude(T x) {
 }
 template <class T>
 __device__ __forceinline__ T larger(T a, T b) {
-  return a > b ? a : b;
+  return Max()(a, b);
 }
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 __device__ __forceinline__ double inverse_root(double x) { return rsqrt(x); }
@@ -96,7 +95,23 @@ __host__ __device__ constexpr int64_t round_up(int64_t x, int64_t unit) { return
 __host__ __device__ constexpr int blocks_of(int k) { return (k + W - 1) / W; }
 
 template <class T>
-constexpr int kPiece = kThreads * (16 / static_cast<int>(sizeof(T)));  // columns the block reads at once
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // columns a thread reads at once
+template <class T>
+constexpr int kPiece = kThreads * kVector<T>;  // columns the block reads at once
+
+// The calling thread. Read anew wherever it is made: otherwise all that derives from it stays in registers throughout.
+struct Me {
+  int thread, lane, warp;
+  __device__ __forceinline__ Me() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+#else
+    thread = static_cast<int>(threadIdx.x);
+#endif
+    lane = thread % kWarpSize;
+    warp = thread / kWarpSize;
+  }
+};
 
 // ------------------------------------------------------------------------------------------------------------- memory
 
@@ -107,30 +122,31 @@ constexpr int kPiece = kThreads * (16 / static_cast<int>(sizeof(T)));  // column
 // then the inverse of the diagonal block R_bb.
 template <class T>
 struct Active {
-  T* base;
-  int64_t capacity;
+  T *panels, *vectors;
+  int capacity;
 
   static __host__ __device__ constexpr int64_t panel_offset(int64_t b) { return W * W / 2 * b * (b + 1); }
   static __host__ __device__ constexpr int64_t bytes(int64_t capacity) {
     return (panel_offset(capacity / W) + 8 * capacity) * static_cast<int64_t>(sizeof(T)) + 2 * capacity * 4;
   }
-
-  __device__ __forceinline__ T* panel(int b) const { return base + panel_offset(b); }
-  __device__ __forceinline__ T* inverse(int b) const { return panel(b) + b * W * W; }
-  __device__ __forceinline__ T* y() const {
-    return vector(0);
-  }  // inv(R') (s_A - a_A sign_A); before that its right side
-  __device__ __forceinline__ T* temporary() const { return vector(1); }
-  __device__ __forceinline__ T* defect() const { return vector(2); }  // rho_A - a_A sign_A
-  __device__ __forceinline__ T* w() const { return vector(3); }       // coefficients, 0 beyond k
-  __device__ __forceinline__ T* sign(int side) const { return vector(4 + side); }
-  __device__ __forceinline__ T* anchor(int side) const { return vector(6 + side); }  // last point of the right signs
-  __device__ __forceinline__ int* index(int side) const {
-    return reinterpret_cast<int*>(vector(8)) + (side ? capacity : 0);
+  static __device__ __forceinline__ Active at(unsigned char* memory, int capacity) {
+    T* panels = reinterpret_cast<T*>(memory);
+    return {panels, panels + panel_offset(capacity / W), capacity};
   }
 
- private:
-  __device__ __forceinline__ T* vector(int x) const { return base + panel_offset(capacity / W) + x * capacity; }
+  __device__ __forceinline__ T* panel(int b) const { return panels + panel_offset(b); }
+  __device__ __forceinline__ T* inverse(int b) const { return panel(b) + b * W * W; }
+  __device__ __forceinline__ T* y() const { return vectors; }  // inv(R') (s_A - a_A sign_A); before that its right side
+  __device__ __forceinline__ T* rest() const { return vectors + capacity; }        // what a step or a solve works on
+  __device__ __forceinline__ T* defect() const { return vectors + 2 * capacity; }  // rho_A - a_A sign_A
+  __device__ __forceinline__ T* w() const { return vectors + 3 * capacity; }       // coefficients, 0 beyond k
+  __device__ __forceinline__ T* sign(int side) const { return vectors + (4 + side) * capacity; }
+  __device__ __forceinline__ T* anchor(int side) const {
+    return vectors + (6 + side) * capacity;
+  }  // of the right signs
+  __device__ __forceinline__ int* index(int side) const {
+    return reinterpret_cast<int*>(vectors + 8 * capacity) + side * capacity;
+  }
 };
 
 // A size of active set and the slices of the workspace for it. Size 0 is the one in shared memory.
@@ -139,7 +155,6 @@ struct Pool {
   int64_t capacity = kSharedSupport<T>, slices = 0, bytes = 0;  // bytes of a slice
   int64_t first_lock = 0, offset = 0;                           // offset of the first slice in bytes
 
-  __host__ __device__ static Pool first() { return {}; }
   __host__ __device__ Pool next(int64_t n, int64_t num_targets) const {
     Pool p;
     p.capacity = 2 * capacity < n ? 2 * capacity : round_up(n, W);
@@ -152,21 +167,22 @@ struct Pool {
   }
 };
 
-// Violators of one target: `length` entries, a part of them for each warp, and one bit a column: is it in A?
+// The list of violators of a target, a part of it for each warp, and one bit a column: is it in A?
+template <class T>
 struct Columns {
-  float* violation;  // per unit of penalty, relative to lambda_max / 2
-  int* entry;        // 2 j + (rho_j < 0)
-  unsigned* member;
-  int length;
+  unsigned char* memory;
+  int length;  // of the list
 
-  template <class T>
-  static __host__ __device__ int64_t padded(int64_t n) {
-    return round_up(n, 2 * kPiece<T>);
-  }
-  template <class T>
-  static __host__ __device__ int64_t bytes(int64_t n) {
-    return padded<T>(n) * 8 + round_up(n, 512) / 8;
-  }
+  static __host__ __device__ constexpr int64_t padded(int64_t n) { return round_up(n, 2 * kPiece<T>); }
+  static __host__ __device__ constexpr int64_t bytes(int64_t n) { return padded(n) * 8 + round_up(n, 512) / 8; }
+
+  // Per unit of penalty, relative to lambda_max / 2.
+  __device__ __forceinline__ float* violation() const { return reinterpret_cast<float*>(memory); }
+  __device__ __forceinline__ int* entry() const {
+    return reinterpret_cast<int*>(memory) + length;
+  }  // 2 j + (rho_j < 0)
+  __device__ __forceinline__ unsigned* member() const { return reinterpret_cast<unsigned*>(memory) + 2 * length; }
+  __device__ __forceinline__ int part() const { return length / kWarps; }  // a warp's
 };
 
 struct Plan {  // of the workspace: locks and queue, columns of every block, slices of every size
@@ -175,12 +191,12 @@ struct Plan {  // of the workspace: locks and queue, columns of every block, sli
 
 template <class T>
 Plan plan(int64_t n, int64_t num_targets) {
-  Pool<T> pool = Pool<T>::first();
+  Pool<T> pool;
   while (pool.capacity < n) pool = pool.next(n, num_targets);
   const int64_t blocks = num_targets < kMaxBlocks ? num_targets : kMaxBlocks;
   Plan p;
   p.counters = round_up(4 * (1 + pool.first_lock + pool.slices), 256);
-  p.columns = n > kSharedColumns ? round_up(blocks * Columns::bytes<T>(n), 256) : 0;
+  p.columns = n > kSharedColumns ? round_up(blocks * Columns<T>::bytes(n), 256) : 0;
   p.total = p.counters + p.columns + pool.offset + pool.slices * pool.bytes;
   return p;
 }
@@ -208,33 +224,44 @@ struct Arguments {
 };
 
 // Shared by the threads of a block; per warp where it is an array of kWarps.
+template <class T>
 struct Scratch {
   int histogram[kWarps][kBins];
   int listed[kWarps];  // violators
   int kept[kWarps];    // of them, those that may be among the worst
   double reach[kWarps], sums[kWarps][4];
   double info[kInfoSize];
-  unsigned char* slice;
-  int64_t slice_capacity;
-  int task, lock;
-  int dependent;   // steps that met coordinates dependent on others
-  int indefinite;  // was a pivot clearly negative?
+  // The target.
+  double a, top, inverse_top;  // lam / 2, lambda_max / 2
+  const T* penalty;            // [n] or null
+  Columns<T> columns;
+  Active<T> active[2];  // the side in use, and what the next step writes
+  int task, target;
+  int lock, next_lock;  // of the slices, -1: none
+  int step, pivots, refinements;
+  int dependent;           // steps that left out a coordinate
+  bool small, indefinite;  // was a pivot of this step below the floor, one of any step clearly negative?
+  bool guarded, anchored;  // single pivots; and their starting point is there
 };
 
 // ------------------------------------------------------------------------------------------------------- warp products
-
-template <class T>
-__device__ __forceinline__ T warp_largest(T x) {
-#pragma unroll
-  for (int o = 16; o > 0; o >>= 1) x = larger(x, __shfl_xor_sync(kAll, x, o));
-  return x;
-}
 
 // The element of a 16 x 4 product that a lane receives: rows q and q + 1, column c.
 struct Place {
   int q, c;
   __device__ __forceinline__ explicit Place(int lane)
       : q(4 * (lane & 3) + 2 * ((lane >> 3) & 1)), c(2 * ((lane >> 2) & 1) + (lane >> 4)) {}
+
+  // Of four columns of a tile [16, 16].
+  template <class T>
+  __device__ __forceinline__ void set(T* tile, const Pack<T, 2>& x) const {
+    tile[q * W + c] = x.v[0];
+    tile[q * W + W + c] = x.v[1];
+  }
+  template <class T>
+  __device__ __forceinline__ void subtract(T* tile, const Pack<T, 2>& x) const {
+    set(tile, {tile[q * W + c] - x.v[0], tile[q * W + W + c] - x.v[1]});
+  }
 };
 
 // sum over l < rows of P[l][q] X[l][c], P: [rows, 16], X: four columns of a [rows, 16], rows a multiple of 16. A lane
@@ -257,11 +284,11 @@ __device__ __forceinline__ Pack<T, 2> product(const T* P, const T* X, int rows, 
   T half[4];
 #pragma unroll
   for (int v = 0; v < 4; v++)
-    half[v] = (second ? sum[1][v] : sum[0][v]) + __shfl_xor_sync(kAll, second ? sum[0][v] : sum[1][v], 16);
+    half[v] = (second ? sum[1][v] : sum[0][v]) + __shfl_xor_sync(kFullWarp, second ? sum[0][v] : sum[1][v], 16);
   Pack<T, 2> out;
 #pragma unroll
   for (int v = 0; v < 2; v++)
-    out.v[v] = (lower ? half[v + 2] : half[v]) + __shfl_xor_sync(kAll, lower ? half[v] : half[v + 2], 8);
+    out.v[v] = (lower ? half[v + 2] : half[v]) + __shfl_xor_sync(kFullWarp, lower ? half[v] : half[v + 2], 8);
   return out;
 }
 
@@ -284,7 +311,7 @@ __device__ __forceinline__ Pivots invert_factor(T* tile, const T* diagonal, int 
 #pragma unroll
   for (int q = 0; q < W; q++) {
     if (q < filled) {  // uniform
-      const T pivot = __shfl_sync(kAll, a[q], q), least = __shfl_sync(kAll, floor, q);
+      const T pivot = __shfl_sync(kFullWarp, a[q], q), least = __shfl_sync(kFullWarp, floor, q);
       const bool small = !(pivot > least);
       pivots.small |= small;
       pivots.negative |= pivot < -static_cast<T>(kNegativePivot / kPivotFloor<T>) * least;
@@ -293,7 +320,7 @@ __device__ __forceinline__ Pivots invert_factor(T* tile, const T* diagonal, int 
       const T scaled = a[q] * (root * root);
 #pragma unroll
       for (int e = 1; e < W; e++)
-        if (e > q) a[e] -= __shfl_sync(kAll, a[q], e) * scaled;
+        if (e > q) a[e] -= __shfl_sync(kFullWarp, a[q], e) * scaled;
       a[q] *= root;
     }
   }
@@ -301,7 +328,7 @@ __device__ __forceinline__ Pivots invert_factor(T* tile, const T* diagonal, int 
 #pragma unroll
     for (int q = 0; q < W; q++) tile[c * W + q] = a[q];
   }
-  pivots.negative = __any_sync(kAll, pivots.negative);
+  pivots.negative = __any_sync(kFullWarp, pivots.negative);
   return pivots;
 }
 
@@ -312,74 +339,64 @@ __device__ __forceinline__ void forward_block(const T* panel, int b, const T* r,
   T sum = 0, out = 0;
 #pragma unroll 4
   for (int l = half; l < b * W; l += 2) sum += panel[l * W + q] * z[l];
-  sum += __shfl_xor_sync(kAll, sum, 16);
+  sum += __shfl_xor_sync(kFullWarp, sum, 16);
   const T t = r[b * W + q] - sum;
   const T* inverse = panel + b * W * W;
 #pragma unroll
   for (int e = 0; e < W / 2; e++) {
     const int row = half * (W / 2) + e;
-    out += inverse[row * W + q] * __shfl_sync(kAll, t, row);
+    out += inverse[row * W + q] * __shfl_sync(kFullWarp, t, row);
   }
-  out += __shfl_xor_sync(kAll, out, 16);
+  out += __shfl_xor_sync(kFullWarp, out, 16);
   if (lane < W) z[b * W + q] = out;
   __syncwarp();
 }
 
 // ---------------------------------------------------------------------------------------------------------- one target
 
-// Solves targets, one after the other; called by all threads of a block. Members are the same in all threads, but for
-// the thread's own numbers.
+// Solves targets, one after the other; called by all threads of a block. Members are the same in all threads.
 template <class T>
 class Solver {
  public:
-  __device__ __forceinline__ Solver(const Arguments<T>& args, unsigned char* memory, Scratch& scratch)
-      : args_(args), scratch_(scratch), thread_(threadIdx.x), lane_(threadIdx.x & 31), warp_(threadIdx.x >> 5) {
-    shared_ = reinterpret_cast<T*>(memory);
-    const bool global = args.n > kSharedColumns;
-    unsigned char* room =
-        global ? args.columns + blockIdx.x * Columns::bytes<T>(args.n) : memory + Active<T>::bytes(kSharedSupport<T>);
-    columns_.length = static_cast<int>(Columns::padded<T>(args.n));
-    columns_.violation = reinterpret_cast<float*>(room);
-    columns_.entry = reinterpret_cast<int*>(columns_.violation + columns_.length);
-    columns_.member = reinterpret_cast<unsigned*>(columns_.entry + columns_.length);
+  __device__ __forceinline__ Solver(const Arguments<T>& args, unsigned char* memory, Scratch<T>& scratch)
+      : args_(args), memory_(memory), shared_(scratch) {
+    const bool room = args.n <= kSharedColumns;
+    if (threadIdx.x == 0)
+      shared_.columns = {
+          room ? memory + Active<T>::bytes(kSharedSupport<T>) : args.columns + blockIdx.x * Columns<T>::bytes(args.n),
+          static_cast<int>(Columns<T>::padded(args.n))};
   }
 
   // Target number t of the call: writes its rows of the outputs.
   __device__ __forceinline__ void solve(int t) {
     start(t);
-    bool exact = sizeof(T) == 8, stopped = false, capped = false;
-    int refinements = 0, step = 0;
-    guarded_ = anchored_ = false;
+    bool exact = sizeof(T) == 8, stopped = false;
     for (;;) {
       pass(exact);
       __syncthreads();
-      guarded_ |= step >= kGuardAfter || scratch_.dependent >= kMaxDependent;
+
       const Flips flips = count_flips();
       const int wanted = most_additions(k_ - flips.count);
       const Found found = tally(wanted);
       if (stopped || (flips.count == 0 && found.total == 0)) {
         if (exact) {
           const double residual = measure();
-          if (stopped || residual <= 0.5 * args_.tol * top_ || refinements == kMaxRefinements) break;
+          if (stopped || residual <= 0.5 * args_.tol * shared_.top || shared_.refinements == kMaxRefinements) break;
           refine();
-          refinements++;
         }
         exact = true;
         __syncthreads();  // the next pass overwrites the tally
         continue;
       }
-      capped = pivots_ >= args_.max_pivots;
-      stopped = capped || scratch_.indefinite;
+      stopped = capped() || shared_.indefinite;
+
       if (!stopped) {
         resolve(change(flips, found, wanted));
-        anchored_ = guarded_;
-        refinements = 0;
-        step++;
       }
       exact = stopped || sizeof(T) == 8;
       __syncthreads();
     }
-    report(t, capped);
+    report(t, stopped && capped());
   }
 
  private:
@@ -393,43 +410,56 @@ class Solver {
   };
 
   __device__ __forceinline__ const T* row(int j) const { return args_.cov + args_.ld * j; }
-  __device__ __forceinline__ double penalty(int j) const { return penalty_ ? static_cast<double>(penalty_[j]) : 1.0; }
-  __device__ __forceinline__ int part() const { return columns_.length / kWarps; }  // of the list, a warp's
-  __device__ __forceinline__ void toggle_member(int j) { atomicXor(&columns_.member[j / 32], 1u << (j % 32)); }
+  __device__ __forceinline__ double penalty(int j) const {
+    return shared_.penalty ? static_cast<double>(shared_.penalty[j]) : 1.0;
+  }
+  __device__ __forceinline__ bool capped() const { return shared_.pivots >= args_.max_pivots; }
+  __device__ __forceinline__ const Active<T>& active() const { return shared_.active[side_]; }
+  __device__ __forceinline__ void toggle_member(int j) const {
+    atomicXor(&shared_.columns.member()[j / 32], 1u << (j % 32));
+  }
 
   __device__ __forceinline__ void start(int t) {
-    target_ = static_cast<int>(args_.targets[t]);
-    a_ = 0.5 * args_.lam[t];
-    penalty_ = args_.penalty ? args_.penalty + args_.penalty_stride * t : nullptr;
-    active_ = {shared_, kSharedSupport<T>};
-    k_ = side_ = pivots_ = 0;
-    lock_ = -1;
-    for (int x = thread_; x < (args_.n + 31) / 32; x += kThreads) columns_.member[x] = 0;
+    const Me me;
+    const int target = static_cast<int>(args_.targets[t]);
+    const T* factors = args_.penalty ? args_.penalty + args_.penalty_stride * t : nullptr;
+    k_ = side_ = 0;
+
+    for (int x = me.thread; x < (args_.n + 31) / 32; x += kThreads) shared_.columns.member()[x] = 0;
     T top = 0;
-    for (int j = thread_; j < args_.n; j += kThreads) {
-      const T rho = magnitude(row(target_)[j]);
-      if (j != target_) top = larger(top, penalty_ ? rho / penalty_[j] : rho);
+    for (int j = me.thread; j < args_.n; j += kThreads) {
+      const T rho = magnitude(row(target)[j]);
+      if (j != target) top = larger(top, factors ? rho / factors[j] : rho);
     }
-    top = warp_largest(top);
-    if (lane_ == 0) scratch_.reach[warp_] = static_cast<double>(top);
-    if (thread_ == 0) scratch_.dependent = scratch_.indefinite = 0;
+    top = warp_max(top);
+    if (me.lane == 0) shared_.reach[me.warp] = static_cast<double>(top);
     __syncthreads();
-    top_ = reach();
+    if (me.thread == 0) {
+      shared_.target = target;
+      shared_.penalty = factors;
+      shared_.a = 0.5 * args_.lam[t];
+      shared_.top = reach();
+      shared_.inverse_top = 1 / shared_.top;
+      shared_.active[0] = Active<T>::at(memory_, kSharedSupport<T>);
+      shared_.lock = -1;
+      shared_.step = shared_.pivots = shared_.refinements = shared_.dependent = 0;
+      shared_.small = shared_.guarded = shared_.anchored = shared_.indefinite = false;
+    }
     __syncthreads();
   }
 
-  // Largest of the warps' scratch_.reach.
+  // Largest of the warps' reach.
   __device__ __forceinline__ double reach() const {
-    double largest = scratch_.reach[0];
+    double largest = shared_.reach[0];
 #pragma unroll
-    for (int x = 1; x < kWarps; x++) largest = larger(largest, scratch_.reach[x]);
+    for (int x = 1; x < kWarps; x++) largest = larger(largest, shared_.reach[x]);
     return largest;
   }
 
   // ------------------------------------------------------------------------------------------------- pass over columns
 
   __device__ __forceinline__ void pass(bool exact) {
-    const double taken = kSafety * args_.tol * top_, far = 0.4995 * (top_ - a_);
+    const double taken = kSafety * args_.tol * shared_.top, far = 0.4995 * (shared_.top - shared_.a);
     const double bar = k_ == 0 && far > taken ? far : taken;  // a cold start takes only what is far above its bound
     if constexpr (sizeof(T) == 4) {
       if (!exact) return list_violators<float>(bar);
@@ -438,70 +468,93 @@ class Solver {
   }
 
   // Violations |rho_j| / penalty_j - a above `bar`, off A, go to the warp's part of the list and into its histogram;
-  // sums in the type Sum. The pass in float64 leaves max |rho_j| / penalty_j in scratch_.reach.
-  template <class Sum>
+  // sums in the type Real. The pass in float64 leaves max |rho_j| / penalty_j in shared_.reach.
+  template <class Real>
   __device__ __forceinline__ void list_violators(double bar) {
-    constexpr int V = 16 / sizeof(T);
-    const int first_entry = warp_ * part(), padded_k = (k_ + kRows - 1) / kRows * kRows;
-    const int* index = active_.index(side_);
-    const T* w = active_.w();
-    const Sum a = static_cast<Sum>(a_), least = static_cast<Sum>(bar);
-    Sum furthest = 0;
+    constexpr int kHeld = kPieces<Real> * kVector<T>;
+    const Me me;
+    const Columns<T> list = shared_.columns;
+    const int first_entry = me.warp * list.part(), padded_k = (k_ + kRows - 1) / kRows * kRows;
+    Real furthest = 0;
     int listed = 0;
-    for (int first = 0; first < args_.n; first += 2 * kPiece<T>) {
-      const int j0 = first + thread_ * V, j1 = j0 + kPiece<T>;
-      const bool inside0 = j0 < args_.n, inside1 = j1 < args_.n;
-      Sum rho[2 * V] = {};
-      const T* s = row(target_) + j0;
-      if (inside0) accumulate(rho, s, Sum(1));
-      if (inside1) accumulate(rho + V, s + kPiece<T>, Sum(1));
-      for (int e = 0; e < padded_k; e += kRows) {
-        const Pack<int, kRows> j = load<kRows>(index + e);
-        const Pack<T, kRows> c = load<kRows>(w + e);
+    for (int first = 0; first < args_.n; first += kPieces<Real> * kPiece<T>) {
+      const int j0 = first + me.thread * kVector<T>;
+      Real rho[kHeld] = {};
+      combine_rows(rho, j0, padded_k);
+      unsigned negative = 0;
+      const unsigned hits = violators(rho, j0, static_cast<Real>(bar), &negative, &furthest);
+      if (!__any_sync(kFullWarp, hits)) continue;
+      const Real a = static_cast<Real>(shared_.a), scale = static_cast<Real>(shared_.inverse_top);
 #pragma unroll
-        for (int x = 0; x < kRows; x++) {
-          const T* r = row(j.v[x]) + j0;
-          if (inside0) accumulate(rho, r, -static_cast<Sum>(c.v[x]));
-          if (inside1) accumulate(rho + V, r + kPiece<T>, -static_cast<Sum>(c.v[x]));
-        }
-      }
-      unsigned hits = 0, negative = 0;
-#pragma unroll
-      for (int x = 0; x < 2 * V; x++) {
-        const int j = (x < V ? j0 : j1) + x % V;
-        if (rho[x] < Sum(0)) negative |= 1u << x;
-        rho[x] = magnitude(rho[x]);
-        if (j >= args_.n || j == target_) continue;
-        if (penalty_) rho[x] /= static_cast<Sum>(penalty_[j]);
-        furthest = larger(furthest, rho[x]);
-        if (rho[x] - a > least && !(columns_.member[j / 32] >> (j % 32) & 1)) hits |= 1u << x;
-      }
-      if (!__any_sync(kAll, hits)) continue;
-#pragma unroll
-      for (int x = 0; x < 2 * V; x++) {
-        const unsigned lanes = __ballot_sync(kAll, hits >> x & 1);
+      for (int x = 0; x < kHeld; x++) {
+        const unsigned lanes = __ballot_sync(kFullWarp, hits >> x & 1);
         if (hits >> x & 1) {
-          const int at = first_entry + listed + __popc(lanes & ((1u << lane_) - 1));
-          columns_.violation[at] = static_cast<float>((rho[x] - a) / static_cast<Sum>(top_));
-          columns_.entry[at] = 2 * ((x < V ? j0 : j1) + x % V) + static_cast<int>(negative >> x & 1);
+          const int at = first_entry + listed + __popc(lanes & ((1u << me.lane) - 1));
+          list.violation()[at] = static_cast<float>((rho[x] - a) * scale);
+          list.entry()[at] = 2 * (j0 + column_offset(x)) + static_cast<int>(negative >> x & 1);
         }
         listed += __popc(lanes);
       }
     }
-    if (sizeof(Sum) == 8) {
-      furthest = warp_largest(furthest);
-      if (lane_ == 0) scratch_.reach[warp_] = static_cast<double>(furthest);
+    if (sizeof(Real) == 8) {
+      furthest = warp_max(furthest);
+      if (me.lane == 0) shared_.reach[me.warp] = static_cast<double>(furthest);
     }
-    if (lane_ == 0) scratch_.listed[warp_] = scratch_.kept[warp_] = listed;
-    fill_histogram(first_entry, listed);
+    if (me.lane == 0) shared_.listed[me.warp] = shared_.kept[me.warp] = listed;
+    fill_histogram(list.violation() + first_entry, listed);
   }
 
-  template <class Sum>
-  static __device__ __forceinline__ void accumulate(Sum* rho, const T* r, Sum factor) {
-    constexpr int V = 16 / sizeof(T);
-    const Pack<T, V> x = load<V>(r);
+  // A thread holds pieces of 16 bytes, one of every kPiece<T> columns: x is column j0 + column_offset(x). Two pieces,
+  // but one where float32 is summed in float64, for want of registers.
+  template <class Real>
+  static constexpr int kPieces = sizeof(Real) == sizeof(T) ? 2 : 1;
+  static __device__ __forceinline__ constexpr int column_offset(int x) {
+    return x % kVector<T> + x / kVector<T> * kPiece<T>;
+  }
+
+  // rho = s - S w in the thread's columns; w and its index are padded to kRows.
+  template <class Real>
+  __device__ __forceinline__ void combine_rows(Real* rho, int j0, int padded_k) const {
+    const int* index = active().index(side_);
+    const T* w = active().w();
+    add_row(rho, shared_.target, j0, Real(1));
+    for (int e = 0; e < padded_k; e += kRows) {
+      const Pack<int, kRows> j = load<kRows>(index + e);
+      const Pack<T, kRows> c = load<kRows>(w + e);
 #pragma unroll
-    for (int v = 0; v < V; v++) rho[v] += factor * static_cast<Sum>(x.v[v]);
+      for (int x = 0; x < kRows; x++) add_row(rho, j.v[x], j0, -static_cast<Real>(c.v[x]));
+    }
+  }
+
+  template <class Real>
+  __device__ __forceinline__ void add_row(Real* rho, int j, int j0, Real factor) const {
+    const T* r = row(j) + j0;
+#pragma unroll
+    for (int p = 0; p < kPieces<Real>; p++) {
+      if (j0 + p * kPiece<T> >= args_.n) continue;
+      const Pack<T, kVector<T>> x = load<kVector<T>>(r + p * kPiece<T>);
+#pragma unroll
+      for (int v = 0; v < kVector<T>; v++) rho[p * kVector<T> + v] += factor * static_cast<Real>(x.v[v]);
+    }
+  }
+
+  // Which of the thread's columns violate by more than `bar`, and which have rho < 0; rho becomes |rho| / penalty.
+  template <class Real>
+  __device__ __forceinline__ unsigned violators(Real* rho, int j0, Real bar, unsigned* negative, Real* furthest) const {
+    const unsigned* member = shared_.columns.member();
+    const Real a = static_cast<Real>(shared_.a);
+    unsigned hits = 0;
+#pragma unroll
+    for (int x = 0; x < kPieces<Real> * kVector<T>; x++) {
+      const int j = j0 + column_offset(x);
+      if (rho[x] < Real(0)) *negative |= 1u << x;
+      rho[x] = magnitude(rho[x]);
+      if (j >= args_.n || j == shared_.target) continue;
+      if (shared_.penalty) rho[x] /= static_cast<Real>(shared_.penalty[j]);
+      *furthest = larger(*furthest, rho[x]);
+      if (rho[x] - a > bar && !(member[j / 32] >> (j % 32) & 1)) hits |= 1u << x;
+    }
+    return hits;
   }
 
   // Bin 0 holds violations of lambda_max / 2 and more; two bins an octave, and the last holds all small ones.
@@ -510,56 +563,62 @@ class Solver {
     return b < 0 ? 0 : (b < kBins ? b : kBins - 1);
   }
 
-  __device__ __forceinline__ void fill_histogram(int first_entry, int listed) {
-    scratch_.histogram[warp_][lane_] = 0;
-    __syncwarp();  // also after the entries
-    for (int x = lane_; x < listed; x += 32)
-      atomicAdd(&scratch_.histogram[warp_][bin(columns_.violation[first_entry + x])], 1);
+  __device__ __forceinline__ void fill_histogram(const float* violation, int listed) {
+    const Me me;
+    shared_.histogram[me.warp][me.lane] = 0;
+    __syncwarp();  // also behind the list
+    for (int x = me.lane; x < listed; x += 32) atomicAdd(&shared_.histogram[me.warp][bin(violation[x])], 1);
   }
 
   // How many violators there are, and the bins among which the worst `wanted` are; computed by every warp.
   __device__ __forceinline__ Found tally(int wanted) const {
+    const Me me;
     int count = 0;
 #pragma unroll
-    for (int x = 0; x < kWarps; x++) count += scratch_.histogram[x][lane_];
+    for (int x = 0; x < kWarps; x++) count += shared_.histogram[x][me.lane];
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) {
-      const int before = __shfl_up_sync(kAll, count, o);
-      if (lane_ >= o) count += before;
+      const int before = __shfl_up_sync(kFullWarp, count, o);
+      if (me.lane >= o) count += before;
     }
-    const unsigned enough = __ballot_sync(kAll, count >= wanted);
-    return {__shfl_sync(kAll, count, 31), enough ? __ffs(static_cast<int>(enough)) - 1 : kBins - 1};
+    const unsigned enough = __ballot_sync(kFullWarp, count >= wanted);
+    return {__shfl_sync(kFullWarp, count, 31), enough ? __ffs(static_cast<int>(enough)) - 1 : kBins - 1};
   }
 
   // Leaves, in order, the warp's entries in bins up to `last`.
   __device__ __forceinline__ void keep_worst(int last) {
-    const int first = warp_ * part(), listed = scratch_.listed[warp_];
+    const Me me;
+    const Columns<T> list = shared_.columns;
+    float* violation = list.violation() + me.warp * list.part();
+    int* entry = list.entry() + me.warp * list.part();
+    const int listed = shared_.listed[me.warp];
     int kept = 0;
-    for (int x = 0; x < listed; x += 32) {
-      const bool valid = x + lane_ < listed;
-      const float violation = valid ? columns_.violation[first + x + lane_] : 0.0f;
-      const int entry = valid ? columns_.entry[first + x + lane_] : 0;
-      const bool keep = valid && bin(violation) <= last;
-      const unsigned lanes = __ballot_sync(kAll, keep);
+    for (int first = 0; first < listed; first += 32) {
+      const int x = first + me.lane;
+      const float v = x < listed ? violation[x] : 0.0f;
+      const int e = x < listed ? entry[x] : 0;
+      const bool keep = x < listed && bin(v) <= last;
+      const unsigned lanes = __ballot_sync(kFullWarp, keep);
       if (keep) {
-        const int at = first + kept + __popc(lanes & ((1u << lane_) - 1));
-        columns_.violation[at] = violation;
-        columns_.entry[at] = entry;
+        const int at = kept + __popc(lanes & ((1u << me.lane) - 1));
+        violation[at] = v;
+        entry[at] = e;
       }
       kept += __popc(lanes);
     }
-    if (lane_ == 0) scratch_.kept[warp_] = kept;
+    if (me.lane == 0) shared_.kept[me.warp] = kept;
   }
 
   // -------------------------------------------------------------------------------------------------------- active set
 
-  __device__ __forceinline__ bool flipped(int e) const { return !(active_.w()[e] * active_.sign(side_)[e] > T(0)); }
+  __device__ __forceinline__ bool flipped(int e) const { return !(active().w()[e] * active().sign(side_)[e] > T(0)); }
 
   // Computed by every warp.
   __device__ __forceinline__ Flips count_flips() const {
+    const Me me;
     Flips flips = {0, k_};
     for (int e = 0; e < k_; e += 32) {
-      const unsigned lanes = __ballot_sync(kAll, e + lane_ < k_ && flipped(e + lane_));
+      const unsigned lanes = __ballot_sync(kFullWarp, e + me.lane < k_ && flipped(e + me.lane));
       if (lanes && flips.count == 0) flips.first = e + __ffs(static_cast<int>(lanes)) - 1;
       flips.count += __popc(lanes);
     }
@@ -567,78 +626,72 @@ class Solver {
   }
 
   __device__ __forceinline__ int most_additions(int left) const {
-    if (guarded_) return left == k_ ? 1 : 0;
+    if (shared_.guarded) return left == k_ ? 1 : 0;
     const int wanted = k_ / 3 > kMinAdd ? k_ / 3 : kMinAdd;
     return left + wanted > W ? blocks_of(left + wanted) * W - left : wanted;
   }
 
-  // Step 3 of the method: the next active set, on the other side of the doubled arrays. Returns the first changed
-  // block.
+  // Step 3 of the method: the next active set, on the other side. Returns the first changed block.
   __device__ __forceinline__ int change(const Flips& flips, const Found& found, int wanted) {
-    const bool single = anchored_ && flips.count > 0;
-    T reach = 1;  // part of the way from anchor to w
-    const Flips drops = single ? Flips{1, first_sign_change(&reach)} : flips;
-    const int left = k_ - drops.count, added = found.total < wanted ? found.total : wanted;
+    const Me me;
+    const bool single = shared_.anchored && flips.count > 0;
+    T part = 1;  // of the way from anchor to w
+    const Flips drops = single ? Flips{1, first_sign_change(&part)} : flips;
+    const int left = k_ - drops.count, added = found.total < wanted ? found.total : wanted, k = left + added;
     const int block = (left < drops.first ? left : drops.first) / W;
     if (drops.count)
-      for (int e = thread_; e < k_; e += kThreads) {  // negative: dropped; else what survivors are ordered by
+      for (int e = me.thread; e < k_; e += kThreads) {  // negative: dropped; else what survivors are ordered by
         const bool dropped = single ? e == drops.first : flipped(e);
-        active_.temporary()[e] = dropped ? T(-1) : (single ? T(0) : magnitude(active_.w()[e]));
+        active().rest()[e] = dropped ? T(-1) : (single ? T(0) : magnitude(active().w()[e]));
       }
     if (found.total > wanted) keep_worst(found.last);
+    if (me.thread == 0) make_room(k);
     __syncthreads();
-    const Active<T> next = room_for(left + added);
-    keep_survivors(next, block, drops.count > 0, reach);
+    const Active<T> next = shared_.active[!side_];
+    if (next.panels != active().panels) move_factor(next, block);
+    keep_survivors(next, block * W, drops.count > 0, part);
     add_violators(next, left, wanted);
-    for (int e = left + added + thread_; e < blocks_of(left + added) * W; e += kThreads)
-      next.index(!side_)[e] = target_;  // a pass reads that row, times 0
+    for (int e = k + me.thread; e < blocks_of(k) * W; e += kThreads)
+      next.index(!side_)[e] = shared_.target;  // a pass reads that row, times 0
     __syncthreads();
-    if (next.base != active_.base) {
-      release(lock_);
-      lock_ = scratch_.lock;
-      active_ = next;
+    if (me.thread == 0) {
+      if (shared_.next_lock != shared_.lock) release(shared_.lock);
+      shared_.lock = shared_.next_lock;
+      shared_.pivots += drops.count + added;
+      shared_.step++;
+      shared_.refinements = 0;
     }
     side_ = !side_;
-    k_ = left + added;
-    pivots_ += drops.count + added;
+    k_ = k;
     return block;
   }
 
   // The coordinate that loses its sign first on the way from anchor to w, and the part of the way up to there; computed
   // by every warp. There is a flipped coordinate.
-  __device__ __forceinline__ int first_sign_change(T* reach) const {
+  __device__ __forceinline__ int first_sign_change(T* part) const {
+    const Me me;
     T least = 2;
     int at = k_;
-    for (int e = lane_; e < k_; e += 32) {
+    for (int e = me.lane; e < k_; e += 32) {
       if (!flipped(e)) continue;
-      const T from = active_.anchor(side_)[e], r = from / (from - active_.w()[e]), part = r >= T(0) ? r : T(0);
-      if (part < least) {
-        least = part;
+      const T from = active().anchor(side_)[e], reach = from / (from - active().w()[e]);
+      const T own = reach >= T(0) ? reach : T(0);
+      if (own < least) {
+        least = own;
         at = e;
       }
     }
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) {
-      const T part = __shfl_xor_sync(kAll, least, o);
-      const int other = __shfl_xor_sync(kAll, at, o);
-      if (part < least || (part == least && other < at)) {
-        least = part;
-        at = other;
-      }
-    }
-    *reach = least;
-    return at;
+    const ArgMax<T> first = warp_argmax(ArgMax<T>{-least, at});
+    *part = -first.value;
+    return first.index;
   }
 
-  // The present state if it has room for k coordinates, else a slice of the workspace.
-  __device__ __forceinline__ Active<T> room_for(int k) {
-    if (blocks_of(k) * W <= active_.capacity) return active_;
-    if (thread_ == 0) take_slice(k);
-    __syncthreads();
-    return {reinterpret_cast<T*>(scratch_.slice), scratch_.slice_capacity};
-  }
-
-  __device__ __forceinline__ void take_slice(int k) {
+  // By one thread: where the next state goes, the present place if that holds k coordinates, else a slice of the
+  // workspace.
+  __device__ __forceinline__ void make_room(int k) {
+    shared_.active[!side_] = active();
+    shared_.next_lock = shared_.lock;
+    if (blocks_of(k) * W <= active().capacity) return;
     Pool<T> pool;
     while (pool.capacity < k) pool = pool.next(args_.n, args_.num_targets);
     int* locks = args_.counters + 1 + pool.first_lock;
@@ -650,29 +703,33 @@ class Solver {
 #endif
     }
     __threadfence();
-    scratch_.slice = args_.slices + pool.offset + slice * pool.bytes;
-    scratch_.slice_capacity = pool.capacity;
-    scratch_.lock = static_cast<int>(1 + pool.first_lock + slice);
+    shared_.active[!side_] =
+        Active<T>::at(args_.slices + pool.offset + slice * pool.bytes, static_cast<int>(pool.capacity));
+    shared_.next_lock = static_cast<int>(1 + pool.first_lock + slice);
   }
 
-  // After a barrier behind the last use.
+  // By one thread, after a barrier behind the last use of the slice.
   __device__ __forceinline__ void release(int lock) const {
-    if (thread_ != 0 || lock < 0) return;
+    if (lock < 0) return;
     __threadfence();
     atomicExch(&args_.counters[lock], 0);
   }
 
-  // Survivors to `next`; those behind the first changed block by falling order, if any is dropped.
-  __device__ __forceinline__ void keep_survivors(const Active<T>& next, int block, bool drops, T reach) {
-    const int first = block * W;
-    if (next.base != active_.base) {
-      const int64_t size = Active<T>::panel_offset(block);
-      for (int64_t x = thread_; x < size; x += kThreads) next.base[x] = active_.base[x];
-      for (int x = thread_; x < first; x += kThreads) next.y()[x] = active_.y()[x];
-    }
-    const T* order = active_.temporary();
-    for (int e = thread_; e < k_; e += kThreads) {
-      const int j = active_.index(side_)[e];
+  // What stays of the factor and of y: the blocks before `block`.
+  __device__ __forceinline__ void move_factor(const Active<T>& next, int block) const {
+    const Me me;
+    const int64_t size = Active<T>::panel_offset(block);
+    for (int64_t x = me.thread; x < size; x += kThreads) next.panels[x] = active().panels[x];
+    for (int x = me.thread; x < block * W; x += kThreads) next.y()[x] = active().y()[x];
+  }
+
+  // Survivors to `next`: if any coordinate is dropped, those from `first` on by falling order. Anchors move to w, or
+  // the part of the way that keeps all signs.
+  __device__ __forceinline__ void keep_survivors(const Active<T>& next, int first, bool drops, T part) const {
+    const Me me;
+    const T* order = active().rest();
+    for (int e = me.thread; e < k_; e += kThreads) {
+      const int j = active().index(side_)[e];
       int at = e;
       if (drops) {
         const T own = order[e];
@@ -685,29 +742,32 @@ class Solver {
           for (int c = first; c < k_; c++) at += order[c] > own || (order[c] == own && c < e);
         }
       }
-      const T from = active_.anchor(side_)[e], to = active_.w()[e];
+      const T from = active().anchor(side_)[e], to = active().w()[e];
       next.index(!side_)[at] = j;
-      next.sign(!side_)[at] = active_.sign(side_)[e];
-      next.anchor(!side_)[at] = reach < T(1) ? from + reach * (to - from) : to;
+      next.sign(!side_)[at] = active().sign(side_)[e];
+      next.anchor(!side_)[at] = part < T(1) ? from + part * (to - from) : to;
     }
   }
 
   // The worst `wanted` of the kept violators behind the survivors, by rank.
-  __device__ __forceinline__ void add_violators(const Active<T>& next, int left, int wanted) {
-    for (int x = lane_; x < scratch_.kept[warp_]; x += 32) {
-      const float violation = columns_.violation[warp_ * part() + x];
-      const int entry = columns_.entry[warp_ * part() + x];
+  __device__ __forceinline__ void add_violators(const Active<T>& next, int left, int wanted) const {
+    const Me me;
+    const Columns<T> list = shared_.columns;
+    const float* violation = list.violation();
+    const int* entry = list.entry();
+    const int own = me.warp * list.part();
+    for (int x = own + me.lane; x < own + shared_.kept[me.warp]; x += 32) {
       int rank = 0;
-      for (int other = 0; other < kWarps; other++)
-        for (int y = other * part(); y < other * part() + scratch_.kept[other]; y++) {
-          const float v = columns_.violation[y];
-          rank += v > violation || (v == violation && columns_.entry[y] < entry);
-        }
+      for (int other = 0; other < kWarps; other++) {
+        const int begin = other * list.part(), end = begin + shared_.kept[other];
+        for (int y = begin; y < end; y++)
+          rank += violation[y] > violation[x] || (violation[y] == violation[x] && entry[y] < entry[x]);
+      }
       if (rank >= wanted) continue;
-      next.index(!side_)[left + rank] = entry >> 1;
-      next.sign(!side_)[left + rank] = entry & 1 ? T(-1) : T(1);
+      next.index(!side_)[left + rank] = entry[x] >> 1;
+      next.sign(!side_)[left + rank] = entry[x] & 1 ? T(-1) : T(1);
       next.anchor(!side_)[left + rank] = T(0);
-      toggle_member(entry >> 1);
+      toggle_member(entry[x] >> 1);
     }
   }
 
@@ -715,173 +775,189 @@ class Solver {
 
   // w = inv(S_AA) (s_A - a_A sign_A), where blocks from `first` on have changed.
   __device__ __forceinline__ void resolve(int first) {
-    const int blocks = blocks_of(k_);
-    bool small = false;
-    for (int b = first; b < blocks; b++) gather(b);
+    for (int b = first; b < blocks_of(k_); b++) gather(b);
     __syncwarp();
-    for (int b = first; b < blocks; b++) {
+    for (int b = first; b < blocks_of(k_); b++) {
       for (int J = 0; J < b; J++) eliminate(b, J);
       __syncthreads();
       if (b > 0) {
-        const T* panel = active_.panel(b);
-        subtract(active_.inverse(b) + kColumns * warp_, product(panel, panel + kColumns * warp_, b * W, lane_));
+        complement(b);
         __syncthreads();
       }
-      if (warp_ == 0) {
-        const int filled = k_ - b * W < W ? k_ - b * W : W;
-        const Pivots pivots = invert_factor(active_.inverse(b), active_.temporary() + b * W, filled, guarded_, lane_);
-        if (pivots.negative && guarded_ && lane_ == 0) scratch_.indefinite = 1;  // else it may be rounding
-        small |= pivots.small;
-
-        forward_block(active_.panel(b), b, active_.y(), active_.y(), lane_);
-      }
+      invert(b);
       __syncthreads();
     }
-    if (thread_ == 0 && small) scratch_.dependent++;
-    back(active_.y(), active_.w());
+    if (Me().thread == 0) {
+      shared_.dependent += shared_.small;
+      shared_.small = false;
+      shared_.anchored = shared_.guarded;
+      shared_.guarded = shared_.step >= kGuardAfter || shared_.dependent >= kMaxDependent;
+    }
+    back(active().y(), active().w());
   }
 
-  // The warp's columns of block column b of S_AA, of its diagonal (into temporary) and of the right side (into y).
-  __device__ __forceinline__ void gather(int b) {
-    const int* index = active_.index(side_);
-    const int c = kColumns * warp_ + lane_ % kColumns, column = b * W + c;
+  // The warp's columns of block column b of S_AA, of its diagonal (into rest) and of the right side (into y).
+  __device__ __forceinline__ void gather(int b) const {
+    const Me me;
+    const Active<T> set = active();
+    const int* index = set.index(side_);
+    const int c = kColumns * me.warp + me.lane % kColumns, column = b * W + c;
     const bool real = column < k_;
-    const int j = real ? index[column] : target_;
+    const int j = real ? index[column] : shared_.target;
     const T* r = row(j);
-    T* panel = active_.panel(b);
+    T* panel = set.panel(b);
 #pragma unroll 4
-    for (int l = lane_ / kColumns; l < b * W + W; l += 32 / kColumns)
+    for (int l = me.lane / kColumns; l < b * W + W; l += 32 / kColumns)
       panel[l * W + c] = real && l < k_ ? r[index[l]] : T(l == column);
-    if (lane_ < kColumns) {
-      active_.temporary()[column] = real ? r[j] : T(1);
-      active_.y()[column] =
-          real ? row(target_)[j] - static_cast<T>(a_ * penalty(j)) * active_.sign(side_)[column] : T(0);
+    if (me.lane < kColumns) {
+      const T bound = static_cast<T>(shared_.a * penalty(j));
+      set.rest()[column] = real ? r[j] : T(1);
+      set.y()[column] = real ? row(shared_.target)[j] - bound * set.sign(side_)[column] : T(0);
     }
   }
 
   // The warp's columns of R_Jb = inv(R_JJ') (S_Jb - sum over I < J of R_IJ' R_Ib).
-  __device__ __forceinline__ void eliminate(int b, int J) {
-    T* columns = active_.panel(b) + kColumns * warp_;
+  __device__ __forceinline__ void eliminate(int b, int J) const {
+    const Me me;
+    T* columns = active().panel(b) + kColumns * me.warp;
     T* tile = columns + J * W * W;
-    if (J > 0) subtract(tile, product(active_.panel(J), columns, J * W, lane_));
+    const Place at(me.lane);
+    if (J > 0) at.subtract(tile, product(active().panel(J), columns, J * W, me.lane));
     __syncwarp();
-    const Pack<T, 2> x = product(active_.inverse(J), tile, W, lane_);
-    const Place at(lane_);
+    const Pack<T, 2> x = product(active().inverse(J), tile, W, me.lane);
     __syncwarp();
-    tile[at.q * W + at.c] = x.v[0];
-    tile[at.q * W + W + at.c] = x.v[1];
+    at.set(tile, x);
     __syncwarp();
   }
 
-  __device__ __forceinline__ void subtract(T* tile, const Pack<T, 2>& x) const {
-    const Place at(lane_);
-    tile[at.q * W + at.c] -= x.v[0];
-    tile[at.q * W + W + at.c] -= x.v[1];
+  // The warp's columns of S_bb - sum over I < b of R_Ib' R_Ib.
+  __device__ __forceinline__ void complement(int b) const {
+    const Me me;
+    const T* panel = active().panel(b);
+    T* columns = active().panel(b) + kColumns * me.warp;
+    Place(me.lane).subtract(columns + b * W * W, product(panel, columns, b * W, me.lane));
+  }
+
+  // By the first warp: the inverse of R_bb, and block b of y.
+  __device__ __forceinline__ void invert(int b) const {
+    const Me me;
+    if (me.warp > 0) return;
+    const int filled = k_ - b * W < W ? k_ - b * W : W;
+    const Pivots pivots = invert_factor(active().inverse(b), active().rest() + b * W, filled, shared_.guarded, me.lane);
+    if (me.lane == 0) {
+      shared_.small |= pivots.small;
+      // Without the guard the set may depend on itself, and the sign of a pivot be that of rounding errors.
+      shared_.indefinite |= pivots.negative && shared_.guarded;
+    }
+    forward_block(active().panel(b), b, active().y(), active().y(), me.lane);
   }
 
   // x = inv(R) z. A block of x is computed by every warp; then each thread takes it off its rows above.
-  __device__ __forceinline__ void back(const T* z, T* x) {
-    const int r = lane_ & 15, half = lane_ >> 4;
-    T* rest = active_.temporary();
+  __device__ __forceinline__ void back(const T* z, T* x) const {
+    const Me me;
+    const int r = me.lane & 15, half = (me.lane >> 4) * (W / 2);
+    const T* right = z;
     for (int I = blocks_of(k_) - 1; I >= 0; I--) {
-      const T* inverse = active_.inverse(I) + r * W + half * (W / 2);
-      const T* right = (I == blocks_of(k_) - 1 ? z : rest) + I * W + half * (W / 2);
+      const T* inverse = active().inverse(I) + r * W + half;
       T sum = 0;
 #pragma unroll
-      for (int q = 0; q < W / 2; q++) sum += inverse[q] * right[q];
-      sum += __shfl_xor_sync(kAll, sum, 16);
-      if (warp_ == 0 && lane_ < W) x[I * W + r] = sum;
+      for (int q = 0; q < W / 2; q++) sum += inverse[q] * right[I * W + half + q];
+      sum += shuffle_xor(sum, 16);
+      if (me.warp == 0 && me.lane < W) x[I * W + r] = sum;
       T solved[W];
 #pragma unroll
-      for (int q = 0; q < W; q++) solved[q] = __shfl_sync(kAll, sum, q);
-      for (int l = thread_; l < I * W; l += kThreads) {
-        const T* above = active_.panel(I) + l * W;
-        T left = (I == blocks_of(k_) - 1 ? z : rest)[l];
+      for (int q = 0; q < W; q++) solved[q] = __shfl_sync(kFullWarp, sum, q);
+      T* rest = active().rest();
+      for (int l = me.thread; l < I * W; l += kThreads) {
+        const T* above = active().panel(I) + l * W;
+        T left = right[l];
 #pragma unroll
         for (int q = 0; q < W; q++) left -= above[q] * solved[q];
         rest[l] = left;
       }
+      right = rest;
       __syncthreads();
     }
   }
 
   // w += inv(S_AA) defect.
-  __device__ __forceinline__ void refine() {
-    T* defect = active_.defect();
-    T* correction = active_.anchor(!side_);
-    if (warp_ == 0)
-      for (int b = 0; b < blocks_of(k_); b++) forward_block(active_.panel(b), b, defect, defect, lane_);
+  __device__ __forceinline__ void refine() const {
+    const Me me;
+    const Active<T> set = active();
+    T* correction = set.anchor(!side_);
+    if (me.warp == 0)
+      for (int b = 0; b < blocks_of(k_); b++) forward_block(set.panel(b), b, set.defect(), set.defect(), me.lane);
     __syncthreads();
-    back(defect, correction);
-    for (int e = thread_; e < k_; e += kThreads) active_.w()[e] += correction[e];
+    back(set.defect(), correction);
+    for (int e = me.thread; e < k_; e += kThreads) set.w()[e] += correction[e];
+    if (me.thread == 0) shared_.refinements++;
   }
 
   // ------------------------------------------------------------------------------------------------------- certificate
 
-  // After a pass in float64: rho on A, err2, duality gap and violation in float64, into scratch_.info; leaves the
+  // After a pass in float64: rho on A, err2, duality gap and violation in float64, into shared_.info; leaves the
   // defect. Returns the largest violation on the support.
   __device__ __forceinline__ double measure() {
-    const int* index = active_.index(side_);
-    const T* w = active_.w();
+    const Me me;
+    const Active<T> set = active();
+    const int* index = set.index(side_);
+    const T *w = set.w(), *s = row(shared_.target);
     double residual = 0, linear = 0, curvature = 0, norm = 0;  // s'w, rho'w, sum_j penalty_j |w_j|
-    for (int e = thread_; e < blocks_of(k_) * W; e += kThreads) {
+    for (int e = me.thread; e < blocks_of(k_) * W; e += kThreads) {
       if (e >= k_) {
-        active_.defect()[e] = T(0);
+        set.defect()[e] = T(0);
         continue;
       }
       const int j = index[e];
       const T* r = row(j);
-      const double s = row(target_)[j], x = w[e], factor = penalty(j), bound = a_ * factor;
-      double rho = s;
+      const double x = w[e], factor = penalty(j), bound = shared_.a * factor;
+      double rho = s[j];
 #pragma unroll 4
       for (int c = 0; c < k_; c++) rho -= static_cast<double>(w[c]) * static_cast<double>(r[index[c]]);
-      active_.defect()[e] = static_cast<T>(rho - bound * static_cast<double>(active_.sign(side_)[e]));
+      set.defect()[e] = static_cast<T>(rho - bound * static_cast<double>(set.sign(side_)[e]));
       const double excess = x == 0 ? magnitude(rho) - bound : magnitude(rho - (x > 0 ? bound : -bound));
       residual = larger(residual, excess / factor);
-      linear += s * x;
+      linear += static_cast<double>(s[j]) * x;
       curvature += rho * x;
       norm += factor * magnitude(x);
     }
-    residual = warp_largest(residual);
-    linear = warp_sum(linear);
-    curvature = warp_sum(curvature);
-    norm = warp_sum(norm);
-    if (lane_ == 0) {
-      double* sums = scratch_.sums[warp_];
-      sums[0] = linear, sums[1] = curvature, sums[2] = norm, sums[3] = residual;
-    }
+    double* sums = shared_.sums[me.warp];
+    linear = warp_sum(linear), curvature = warp_sum(curvature), norm = warp_sum(norm), residual = warp_max(residual);
+    if (me.lane == 0) sums[0] = linear, sums[1] = curvature, sums[2] = norm, sums[3] = residual;
     __syncthreads();
     linear = curvature = norm = residual = 0;
 #pragma unroll
     for (int x = 0; x < kWarps; x++) {
-      const double* sums = scratch_.sums[x];
+      sums = shared_.sums[x];
       linear += sums[0], curvature += sums[1], norm += sums[2], residual = larger(residual, sums[3]);
     }
-    if (thread_ == 0) {
-      const double furthest = reach(), tau = furthest > a_ ? a_ / furthest : 1.0;  // tau (residual) is dual feasible
-      const double variance = row(target_)[target_], err2 = variance - linear - curvature;
-      const double worst = larger(residual, furthest - a_);
-      scratch_.info[kErr2] = err2;
-      scratch_.info[kDualityGap] = err2 + 2 * a_ * norm - tau * (2 * (variance - linear) - tau * err2);
-      scratch_.info[kKktViolation] = top_ > 0 && worst > 0 ? worst / top_ : 0.0;
+    if (me.thread == 0) {
+      const double a = shared_.a, furthest = reach(),
+                   tau = furthest > a ? a / furthest : 1.0;  // tau e is dual feasible
+      const double variance = s[shared_.target], err2 = variance - linear - curvature;
+      const double worst = larger(0.0, larger(residual, furthest - a));
+      shared_.info[kErr2] = err2;
+      shared_.info[kDualityGap] = err2 + 2 * a * norm - tau * (2 * (variance - linear) - tau * err2);
+      shared_.info[kKktViolation] = shared_.top > 0 ? worst * shared_.inverse_top : 0.0;
     }
     return residual;
   }
 
   __device__ __forceinline__ int status(bool capped) const {
     if (capped) return kCapped;
-    if (scratch_.info[kErr2] < -1e-3 * static_cast<double>(row(target_)[target_])) return kNotPsd;
-    if (scratch_.info[kKktViolation] <= args_.tol) return kConverged;
-    return scratch_.indefinite ? kNotPsd : kCollinear;
+    if (shared_.info[kErr2] < -1e-3 * static_cast<double>(row(shared_.target)[shared_.target])) return kNotPsd;
+    if (shared_.info[kKktViolation] <= args_.tol) return kConverged;
+    return shared_.indefinite ? kNotPsd : kCollinear;
   }
 
   // Support by increasing index, and what `measure` found.
-  __device__ __forceinline__ void report(int t, bool capped) {
-    const int* index = active_.index(side_);
-    const T* w = active_.w();
+  __device__ __forceinline__ void report(int t, bool capped) const {
+    const Me me;
+    const int* index = active().index(side_);
+    const T* w = active().w();
     int32_t* index_row = args_.index + t * args_.capacity;
     T* value_row = args_.value + t * args_.capacity;
-    for (int e = thread_; e < k_; e += kThreads) {
+    for (int e = me.thread; e < k_; e += kThreads) {
       int rank = 0;
       for (int c = 0; c < k_; c++) rank += w[c] != T(0) && index[c] < index[e];
       if (w[e] == T(0) || rank >= args_.capacity) continue;
@@ -889,44 +965,38 @@ class Solver {
       value_row[rank] = w[e];
     }
     int nonzero = 0;  // computed by every warp
-    for (int e = 0; e < k_; e += 32) nonzero += __popc(__ballot_sync(kAll, e + lane_ < k_ && w[e + lane_] != T(0)));
+    for (int e = me.lane; e - me.lane < k_; e += 32)
+      nonzero += __popc(__ballot_sync(kFullWarp, e < k_ && w[e] != T(0)));
     const bool cut = nonzero > args_.capacity;
     const int64_t count = cut ? args_.capacity : nonzero;
-    for (int64_t x = count + thread_; x < args_.capacity; x += kThreads) {
+    for (int64_t x = count + me.thread; x < args_.capacity; x += kThreads) {
       index_row[x] = 0;
       value_row[x] = T(0);
     }
-    if (thread_ == 0) {
-      double* info = args_.info + static_cast<int64_t>(t) * kInfoSize;
-      info[kErr2] = scratch_.info[kErr2];
-      info[kDualityGap] = scratch_.info[kDualityGap];
-      info[kKktViolation] = scratch_.info[kKktViolation];
-      info[kPivots] = pivots_;
-      info[kStatus] = cut ? kCapped : status(capped);
-      info[kLambdaMax] = 2 * top_;
-      args_.count[t] = static_cast<int32_t>(count);
-    }
     __syncthreads();
-    release(lock_);
+    if (me.thread != 0) return;
+    double* info = args_.info + static_cast<int64_t>(t) * kInfoSize;
+    info[kErr2] = shared_.info[kErr2];
+    info[kDualityGap] = shared_.info[kDualityGap];
+    info[kKktViolation] = shared_.info[kKktViolation];
+    info[kPivots] = shared_.pivots;
+    info[kStatus] = cut ? kCapped : status(capped);
+    info[kLambdaMax] = 2 * shared_.top;
+    args_.count[t] = static_cast<int32_t>(count);
+    release(shared_.lock);
   }
 
   const Arguments<T>& args_;
-  Scratch& scratch_;
-  const int thread_, lane_, warp_;
-  T* shared_;  // the smallest active set
-  Columns columns_;
-  int target_, k_, side_, pivots_, lock_;  // side_: of the doubled arrays, the one in use; lock_: of the slice, or -1
-  double a_, top_;                         // lam / 2, lambda_max / 2
-  const T* penalty_;
-  bool guarded_, anchored_;  // single pivots; and their starting point is there
-  Active<T> active_;
+  unsigned char* const memory_;  // dynamic shared memory: the smallest active set, then the columns
+  Scratch<T>& shared_;
+  int k_, side_;  // |A|, and the side in use of what is kept twice
 };
 
 // Targets from a queue, until it is empty.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>) solve_targets(const Arguments<T> args) {
   ND_DYNAMIC_SHARED(unsigned char, memory);
-  __shared__ Scratch scratch;
+  __shared__ Scratch<T> scratch;
   Solver<T> solver(args, memory, scratch);
   for (;;) {
     if (threadIdx.x == 0) scratch.task = atomicAdd(args.counters, 1);
@@ -950,8 +1020,8 @@ int launch(Arguments<T> args, int64_t n, int64_t num_targets, unsigned char* wor
   args.slices = args.columns + p.columns;
   const auto s = static_cast<cudaStream_t>(stream);
   if (const cudaError_t error = cudaMemsetAsync(args.counters, 0, p.counters, s)) return error;
-  static_assert(Active<T>::bytes(kSharedSupport<T>) + 2048 * 8 + 256 + sizeof(Scratch) <= 48 << 10);
-  const int64_t shared = Active<T>::bytes(kSharedSupport<T>) + (n > kSharedColumns ? 0 : Columns::bytes<T>(n));
+  static_assert(Active<T>::bytes(kSharedSupport<T>) + 2048 * 8 + 256 + sizeof(Scratch<T>) <= 48 << 10);
+  const int64_t shared = Active<T>::bytes(kSharedSupport<T>) + (n > kSharedColumns ? 0 : Columns<T>::bytes(n));
   const int64_t blocks = num_targets < kMaxBlocks ? num_targets : kMaxBlocks;
   ND_LAUNCH(solve_targets<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), static_cast<size_t>(shared), s,
             args);

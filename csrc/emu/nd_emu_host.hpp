@@ -95,11 +95,11 @@ inline constexpr Device kDevices[] = {
 inline constexpr int kSharedDefault = 48 << 10, kSharedReserved = 1 << 10, kRegisters = 64 << 10, kMaxThreads = 1024;
 
 inline const Device& device() {
-  const char* name = std::getenv("ND_EMU_DEVICE");
+  const std::string name = environment("ND_EMU_DEVICE", "sm_90");
   for (const Device& device : kDevices) {
-    if (name && std::string("sm_") + std::to_string(device.capability) == name) return device;
+    if (name == "sm_" + std::to_string(device.capability)) return device;
   }
-  return kDevices[1];
+  refuse("ND_EMU_DEVICE", name, "sm_80, sm_90, sm_100, sm_120");
 }
 
 }  // namespace nd_emu

@@ -22,6 +22,7 @@
 #include <new>
 #include <numeric>
 #include <source_location>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -48,8 +49,7 @@ void __tsan_atomic32_store(volatile int* address, int value, int order);
 #endif
 #define ND_EMU_INTERNAL __attribute__((no_sanitize("address,thread,undefined")))
 
-// The stack switch is x86-64 assembly; elsewhere (or when ND_EMU_UCONTEXT is defined) it is swapcontext, some 10x
-// slower.
+// The stack switch is x86-64 assembly; elsewhere, or when ND_EMU_UCONTEXT is defined, it is swapcontext, 10x slower.
 #if !defined(__x86_64__) && !defined(ND_EMU_UCONTEXT)
 #define ND_EMU_UCONTEXT 1
 #endif
@@ -71,22 +71,29 @@ namespace nd_emu {
 
 constexpr unsigned kWarpSize = 32;
 
-// The order of ND_EMU_ORDER: forward (default), reverse or random[:seed], for the threads of a block and for the
-// blocks.
+inline std::string environment(const char* name, const char* otherwise) {
+  const char* text = std::getenv(name);
+  return text && *text ? text : otherwise;
+}
+
+[[noreturn]] inline void refuse(const char* name, const std::string& value, const char* expected) {
+  throw std::invalid_argument(std::string(name) + "=" + value + ": expected one of " + expected);
+}
+
+// The order of the threads of a block and of the blocks of a launch.
 struct Order {
   enum Kind { kForward, kReverse, kRandom } kind = kForward;
   uint64_t state = 0x9E3779B97F4A7C15u;
 
   static Order from_environment() {
-    const char* text = std::getenv("ND_EMU_ORDER");
-    const std::string value = text ? text : "";
+    const std::string text = environment("ND_EMU_ORDER", "forward");
     Order order;
-    if (value == "reverse") order.kind = kReverse;
-    if (value.rfind("random", 0) == 0) {
-      order.kind = kRandom;
-      const uint64_t seed = value.size() > 7 ? std::strtoull(value.c_str() + 7, nullptr, 10) : 0;
-      order.state *= 2 * seed + 1;
-    }
+    if (text == "forward") return order;
+    order.kind = text == "reverse" ? kReverse : kRandom;
+    const bool seeded = text.rfind("random:", 0) == 0 && text.find_first_not_of("0123456789", 7) == std::string::npos;
+    if (text != "reverse" && text != "random" && !seeded)
+      refuse("ND_EMU_ORDER", text, "forward, reverse, random[:seed]");
+    if (seeded) order.state *= 2 * std::strtoull(text.c_str() + 7, nullptr, 10) + 3;
     return order;
   }
 
@@ -412,30 +419,32 @@ class Block {
     for (Thread& thread : threads_) {
       prepare(thread, &thread_main);
       thread.state = Thread::kReady;
-      thread.commits = 0;
     }
     make_ready(threads_.data(), threads_.size());
   }
 
-  // Adds `count` threads from `first` on that are not waiting for others to the queue of those that may run.
+  // Adds those of `count` threads from `first` on that the mask names and that have not returned to the ready ones.
   ND_EMU_INTERNAL void make_ready(Thread* first, size_t count, unsigned mask = ~0u) {
     for (size_t i = 0; i < count; ++i) {
-      const size_t k = order_.kind == Order::kReverse ? count - 1 - i : i;
-      if (!(mask >> (k % kWarpSize) & 1) || first[k].state == Thread::kExited) continue;
-      first[k].state = Thread::kReady;
-      ready_.push_back(&first[k]);
+      if (!(mask >> (i % kWarpSize) & 1) || first[i].state == Thread::kExited) continue;
+      first[i].state = Thread::kReady;
+      ready_.push_back(&first[i]);
     }
   }
 
+  // Forward: the one that has been ready longest, so that all keep level. Reverse: the last that became ready, so that
+  // one warp runs as far as it can before any other. Random: any.
   ND_EMU_INTERNAL Thread& next_ready() {
-    if (order_.kind == Order::kRandom) {
-      std::swap(ready_[head_], ready_[head_ + order_.random_below(ready_.size() - head_)]);
-    }
-    Thread* thread = ready_[head_++];
-    if (head_ == ready_.size()) {
+    if (order_.kind == Order::kForward) {
+      Thread* thread = ready_[head_++];
+      if (head_ < ready_.size()) return *thread;
       ready_.clear();
       head_ = 0;
+      return *thread;
     }
+    if (order_.kind == Order::kRandom) std::swap(ready_[order_.random_below(ready_.size())], ready_.back());
+    Thread* thread = ready_.back();
+    ready_.pop_back();
     return *thread;
   }
 
@@ -554,7 +563,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::vector<Context*> everyone_, members_;
-  std::vector<Thread*> ready_;  // from head_ on; before it those that have had their turn
+  std::vector<Thread*> ready_;  // in the order in which they became so, from head_ on
   size_t head_ = 0, live_ = 0, at_barrier_ = 0;
   bool failed_ = false;
   Call call_ = nullptr;

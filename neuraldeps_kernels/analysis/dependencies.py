@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,8 @@ class _Problem:
     penalty_factors: Tensor | None  # [m]
     tol: float
 
-    def solve(self, refit: bool, *, lam: Tensor | float | None = None, lam_ratio: Tensor | float | None = None) -> _Fit:
+    def solve(self, *, lam: Tensor | float | None = None, lam_ratio: Tensor | float | None = None) -> _Fit:
+        """The CovLasso coefficients."""
         solution = covlasso(
             self.statistics.cov,
             lam,
@@ -129,12 +130,14 @@ class _Problem:
             penalty_factors=self.penalty_factors,
             tol=self.tol,
         )
-        theta, err2 = solution.coefficients, solution.err2
-        if refit:
-            theta, err2 = _refit(self.statistics.cov, theta, self.targets)
+        error = solution.relative_error
+        return _Fit(solution.coefficients, error, solution.lam, solution.lambda_max, solution.status)
+
+    def refit(self, fit: _Fit) -> _Fit:
+        """Least squares on the supports of `fit`."""
+        theta, err2 = _refit(self.statistics.cov, fit.coefficients, self.targets)
         variance = self.statistics.cov.diagonal()[self.targets].double()
-        ratio = torch.where(variance > 0, err2 / variance, 0.0)
-        return _Fit(theta, ratio, solution.lam, solution.lambda_max, solution.status)
+        return replace(fit, coefficients=theta, residual_ratio=torch.where(variance > 0, err2 / variance, 0.0))
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,11 @@ class DependencyReport:
             if wrong:
                 raise ValueError(f"categories has {wrong[0]}, which is not among the report's targets")
             rows = torch.tensor([row_of[category] for category in categories], dtype=torch.long)
-        return _replaced(self.statistics, self.coefficients, self.targets, rows, logits, predictors)
+        result = logits.clone()
+        for part in rows.split(CHUNK_TARGETS):
+            theta, i = _dense_rows(self.coefficients, part), self.targets[part]
+            result[:, i] = _predict(self.statistics, theta, i, logits, predictors).to(logits.dtype)
+        return result
 
     @cached_property
     def top1_all_replaced(self) -> float:
@@ -222,9 +229,12 @@ class DependencyReport:
     @cached_property
     def error_curve(self) -> tuple[ErrorCurvePoint, ...]:
         """The same targets at the penalties CURVE_RATIOS of their lambda_max, each without and with the refit."""
-        return tuple(
-            _curve_point(self.problem, self.held_out, ratio, refit) for ratio in CURVE_RATIOS for refit in (False, True)
-        )
+        points = []
+        for ratio in CURVE_RATIOS:
+            fit = self.problem.solve(lam_ratio=ratio)
+            points.append(_curve_point(self.problem, self.held_out, fit, ratio, refit=False))
+            points.append(_curve_point(self.problem, self.held_out, self.problem.refit(fit), ratio, refit=True))
+        return tuple(points)
 
     def notable(self, count: int) -> list[int]:
         """Up to `count` targets to show: most positive groups, then most positives; without samples the best fits.
@@ -481,9 +491,11 @@ def find_dependencies(
     problem = _Problem(statistics, indices, mask, factors, tol)
     if lam is not None:
         scale = factors[indices].double() if factors is not None else torch.ones(len(indices), dtype=torch.float64)
-        fit = problem.solve(refit, lam=torch.as_tensor(lam, dtype=torch.float64) * scale)
+        fit = problem.solve(lam=torch.as_tensor(lam, dtype=torch.float64) * scale)
     else:
-        fit = problem.solve(refit, lam_ratio=DEFAULT_LAM_RATIO if lam_ratio is None else lam_ratio)
+        fit = problem.solve(lam_ratio=DEFAULT_LAM_RATIO if lam_ratio is None else lam_ratio)
+    if refit:
+        fit = problem.refit(fit)
     return DependencyReport(
         statistics=statistics,
         class_names=names,
@@ -775,46 +787,40 @@ def _dense_rows(coefficients: Tensor, rows: Tensor) -> Tensor:
     return dense
 
 
-def _replaced(
-    statistics: LogitStatistics,
-    coefficients: Tensor,
-    targets: Tensor,
-    rows: Tensor,
-    logits: Tensor,
-    predictors: Tensor | None,
-) -> Tensor:
-    """Logits [N, n] with those of targets[rows] replaced."""
-    result = logits.clone()
-    for part in rows.split(CHUNK_TARGETS):
-        theta = _dense_rows(coefficients, part)
-        result[:, targets[part]] = _predict(statistics, theta, targets[part], logits, predictors).to(logits.dtype)
-    return result
+def _predictions(
+    statistics: LogitStatistics, coefficients: Tensor, targets: Tensor, logits: Tensor, predictors: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(targets [t], fhat [N, t]) of some targets after the others; coefficients sparse CSR [T, m]."""
+    for rows in torch.arange(len(targets)).split(CHUNK_TARGETS):
+        theta = _dense_rows(coefficients, rows)
+        yield targets[rows], _predict(statistics, theta, targets[rows], logits, predictors)
 
 
 def _evaluate(
     statistics: LogitStatistics, coefficients: Tensor, targets: Tensor, held_out: HeldOut
 ) -> SubstitutionMetrics:
     """Metrics of all targets on the held-out samples."""
-    parts = []
-    for rows in torch.arange(len(targets)).split(CHUNK_TARGETS):
-        theta = _dense_rows(coefficients, rows)
-        predicted = _predict(statistics, theta, targets[rows], held_out.logits, held_out.predictors)
-        parts.append(held_out.samples.metrics(predicted, targets[rows]))
-    return SubstitutionMetrics(
-        **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(SubstitutionMetrics)}
-    )
+    predictions = _predictions(statistics, coefficients, targets, held_out.logits, held_out.predictors)
+    return SubstitutionMetrics.concatenated([held_out.samples.metrics(fhat, i) for i, fhat in predictions])
 
 
-def _curve_point(problem: _Problem, held_out: HeldOut | None, lam_ratio: float, refit: bool) -> ErrorCurvePoint:
-    fit = problem.solve(refit, lam_ratio=lam_ratio)
+def _curve_point(
+    problem: _Problem, held_out: HeldOut | None, fit: _Fit, lam_ratio: float, *, refit: bool
+) -> ErrorCurvePoint:
     support = fit.coefficients.crow_indices().diff().double()
     error = occurring = torch.full_like(fit.residual_ratio, math.nan)
     shares = dict.fromkeys(("precision", "recall", "top5", "auc"), math.nan)
     if held_out is not None:
-        metrics = _evaluate(problem.statistics, fit.coefficients, problem.targets, held_out)
-        error = metrics.residual_ratio
-        occurring = error[metrics.positives > 0]
-        shares = {name: value for name, value in _pooled(metrics).items() if name in shares}
+        samples, targets = held_out.samples, problem.targets
+        rows = torch.isin(targets, held_out.labels).nonzero()[:, 0]
+        predictions = _predictions(problem.statistics, fit.coefficients, targets, held_out.logits, held_out.predictors)
+        error = torch.cat([samples.residual_ratio(fhat, i) for i, fhat in predictions])
+        occurring = error[rows]
+        if len(rows):
+            theta = _dense_rows(fit.coefficients, rows)
+            predicted = _predict(problem.statistics, theta, targets[rows], held_out.logits, held_out.predictors)
+            pooled = _pooled(samples.metrics(predicted, targets[rows]))
+            shares = {name: pooled[name] for name in shares}
     return ErrorCurvePoint(
         lam_ratio=lam_ratio,
         refit=refit,

@@ -12,6 +12,7 @@ Source: section 5 of the notes on "Neural Dependencies Emerging from Learning Ma
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -65,6 +66,11 @@ class SubstitutionMetrics:
         """The metrics of some targets: a mask or indices."""
         return SubstitutionMetrics(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
+    @classmethod
+    def concatenated(cls, parts: Sequence[SubstitutionMetrics]) -> SubstitutionMetrics:
+        """The metrics of the targets of all parts, one part after the other."""
+        return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
+
 
 class Samples:
     """Logits f [N, n], n >= 2, with what every target needs of them, computed once."""
@@ -85,12 +91,7 @@ class Samples:
         """Metrics of fhat = predicted [N, T] for targets int64 [T]."""
         width = max(1, CHUNK_ELEMENTS // len(self.logits))
         parts = [self._chunk(p, i) for p, i in zip(predicted.split(width, 1), targets.split(width), strict=True)]
-        return SubstitutionMetrics(
-            **{
-                field.name: torch.cat([getattr(part, field.name) for part in parts])
-                for field in fields(SubstitutionMetrics)
-            }
-        )
+        return SubstitutionMetrics.concatenated(parts)
 
     def _chunk(self, predicted: Tensor, targets: Tensor) -> SubstitutionMetrics:
         f = self.logits[:, targets].double()  # [N, T]
@@ -101,7 +102,6 @@ class Samples:
         log_others = self._log_sum_of_others(f, targets)
         p, phat = torch.sigmoid(f - log_others), torch.sigmoid(fhat - log_others)
         before, after = self.top_indices[:, :1], self.argmax_after(fhat, targets)
-        variance = (f - f.mean(0)).square().mean(0)
         moments = {
             "abs_error_positives": _mean_and_variance(error, positive),
             "rel_error_positives": _mean_and_variance(error / f.abs(), positive & large),
@@ -112,7 +112,7 @@ class Samples:
         }
         right_before, right_after = before == self.labels[:, None], after == self.labels[:, None]
         return SubstitutionMetrics(
-            residual_ratio=torch.where(variance > 0, error.square().mean(0) / variance, math.nan),
+            residual_ratio=self.residual_ratio(fhat, targets),
             positives=positive.sum(0),
             positive_groups=self._groups_of(positive),
             **{name: mean for name, (mean, _) in moments.items()},
@@ -131,6 +131,12 @@ class Samples:
             auc_after=roc_auc(fhat, positive),
             top1_after=right_after.double().mean(0),
         )
+
+    def residual_ratio(self, predicted: Tensor, targets: Tensor) -> Tensor:
+        """Mean (fhat - f)^2 over the variance of f about its mean, float64 [T]; NaN where f is constant."""
+        f = self.logits[:, targets].double()
+        variance = (f - f.mean(0)).square().mean(0)
+        return torch.where(variance > 0, (predicted - f).square().mean(0) / variance, math.nan)
 
     def argmax_after(self, predicted: Tensor, targets: Tensor) -> Tensor:
         """Argmax [N, T] of the logits in which that of target i alone is replaced by predicted [N, T]."""

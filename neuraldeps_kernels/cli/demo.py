@@ -40,10 +40,11 @@ def demo(
     crops: Annotated[int, typer.Option(min=1, help="Crops of each picture.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Replace files in an existing folder.")] = False,
 ) -> None:
-    """Dependencies within efficientnet-lite0, and of it on efficientnet-lite1, measured on pictures held out of the fit."""
+    """Dependencies within efficientnet-lite0, and of it on efficientnet-lite1, measured on held-out pictures."""
     check_output(out, force)
     measured = _run_networks(from_pictures, crops)
     reports = _find(measured, own_statistics=from_pictures is not None)
+    measured.source["covariance"] = _covariance_source(reports["lite0"].statistics, from_pictures)
     with messages().status("error curves and plots"), output_folder(out, force) as folder:
         _write(measured, reports, folder)
     _print(measured, reports)
@@ -64,7 +65,9 @@ def _run_networks(folder: Path | None, crops: int) -> Measured:
         messages().print(f"skipped {message}", soft_wrap=True, markup=False)
     if len(result.pictures) < MIN_PICTURES:
         where = (
-            f"{folder} has" if folder is not None else "the installed foolbox, gradio, imgaug, scikit-image, scikit-learn have"
+            f"{folder} has"
+            if folder is not None
+            else "the installed foolbox, gradio, imgaug, scikit-image, scikit-learn have"
         )
         hint = "" if folder is not None else "; pip install --no-deps foolbox gradio imgaug scikit-image"
         raise ValueError(f"{where} {len(result.pictures)} readable pictures, at least {MIN_PICTURES} are needed{hint}")
@@ -106,7 +109,7 @@ def _write(measured: Measured, reports: dict[str, DependencyReport], folder: Pat
     """report.json of all analyses; CSV and plots of the first here, of the second in the folder `between`."""
     within, between = list(reports.values())[:2]
     content = {
-        "source": measured.source | {"covariance": _covariance_source(within)},
+        "source": measured.source,
         "top1_of_labelled_pictures": _labelled_top1(measured),
         "analyses": {name: report.to_dict() | {"error_curve": curve_rows(report)} for name, report in reports.items()},
     }
@@ -117,8 +120,68 @@ def _write(measured: Measured, reports: dict[str, DependencyReport], folder: Pat
         report.plot(place)
 
 
-def _covariance_source(report: DependencyReport) -> str:
+def _covariance_source(statistics: LogitStatistics, folder: Path | None) -> str:
+    if folder is not None:
+        return f"{statistics.count} crops of the pictures in {folder} that are not held out"
     shipped = load_imagenet_covariance()
-    if report.statistics.count == shipped.crops:
-        return f"{shipped.provenance} {shipped.crops} crops of {shipped.pictures} pictures."
-    return f"{report.statistics.count} crops of the pictures that are not held out"
+    return f"{shipped.provenance} {shipped.crops} crops of {shipped.pictures} pictures."
+
+
+def _labelled_top1(measured: Measured) -> dict[str, Any]:
+    """Top-1 of each network on the central crop of the pictures whose category is known: a check of the set-up."""
+    labels = torch.tensor([-1 if label is None else label for label in measured.labels])
+    central = torch.arange(len(labels)) * measured.source["crops_per_picture"]
+    known = labels >= 0
+    if not known.any():
+        return {"pictures": 0}
+    top1 = {
+        name: float((logits[central].argmax(1) == labels)[known].double().mean())
+        for name, logits in zip(NETWORKS, measured.logits, strict=True)
+    }
+    return {"pictures": int(known.sum()), **top1}
+
+
+def _print(measured: Measured, reports: dict[str, DependencyReport]) -> None:
+    out = console()
+    check = _labelled_top1(measured)
+    out.print(f"Covariance: {measured.source['covariance']}")
+    out.print(f"Measured on {reports['lite0'].describe().partition('measured on ')[2]}.")
+    if check["pictures"]:
+        rates = ", ".join(f"{name} {check[name]:.2f}" for name in NETWORKS)
+        out.print(f"Set-up check, top-1 on the {check['pictures']} labelled pictures: {rates}.")
+    few = reports["lite0"].statistics.count
+    if few < 2 * len(reports["lite0"].class_names):
+        out.print(f"[yellow]{few} crops are few for the covariance of 1000 logits: expect larger errors held out.[/]")
+    for name, report in reports.items():
+        out.print(curve_table(name, report))
+    for name, report in reports.items():
+        if not name.endswith("allowed"):
+            out.print(f"\n[bold]{name}[/]")
+            out.print(report.table(count=10, top=4))
+
+
+def curve_table(name: str, report: DependencyReport) -> Table:
+    """The error curve of a report: penalised and refitted coefficients side by side."""
+    table = Table(title=f"[bold]{name}[/]: held-out quality along the penalty", title_justify="left", title_style="")
+    columns = ("lam / lambda_max", "k", "R fit", "R held out", "R of occurring", "precision", "recall", "top 5", "AUC")
+    for column in columns:
+        table.add_column(column, justify="right")
+    points = iter(report.error_curve)
+    for plain, refit in zip(points, points, strict=True):
+        fields = ("residual_ratio_fit", "residual_ratio", "residual_ratio_of_occurring")
+        pairs = [f"{getattr(plain, field):.2f}, {getattr(refit, field):.2f}" for field in fields]
+        rates = [_rate(getattr(refit, field)) for field in ("precision", "recall", "top5", "auc")]
+        table.add_row(f"{plain.lam_ratio:g}", f"{plain.support:.0f}", *pairs, *rates)
+    number = "" if report.metrics is None else f" ({int((report.metrics.positives > 0).sum())} categories)"
+    table.caption = (
+        "k and R: medians over all categories; R = residual / variance, of CovLasso, then of least squares on its "
+        "support. "
+        f"Occurring: categories that the network sees in a held-out crop{number}. "
+        "Rates: its argmax against the original one with a single logit replaced by the least-squares dependency."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _rate(value: float) -> str:
+    return "-" if value != value else f"{value:.3f}"

@@ -477,7 +477,7 @@ def _solve_by_reference(
     cov: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None, tol: float, max_pivots: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the operator returns, from `reference.covlasso`, which has no pivots to count."""
-    theta = reference.covlasso(cov, targets, lam, penalty, tol=tol)
+    theta = reference.covlasso(cov, targets, lam, penalty, tol=tol / 2).to(cov.dtype)
     found = (theta != 0).sum(1)
     count = found.clamp_max(capacity)
     index = (theta == 0).int().argsort(dim=1, stable=True)[:, :capacity]
@@ -498,7 +498,7 @@ def _solve_by_reference(
     pad = (0, capacity - index.shape[1])
     value = torch.nn.functional.pad(torch.where(inside, theta.gather(1, index), 0.0), pad)
     columns = torch.nn.functional.pad(torch.where(inside, index, 0), pad)
-    return value.to(cov.dtype), columns.int(), count.int(), info
+    return value, columns.int(), count.int(), info
 
 
 def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

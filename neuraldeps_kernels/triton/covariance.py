@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
 """Weighted mean and centred second moment of [B, N, n] rows on CUDA: lower-triangle tiles on tensor cores.
 
     W = sum_r w_r,   mean = sum_r w_r x_r / W,   moment = sum_r w_r (x_r - mean) (x_r - mean)'
@@ -22,7 +23,6 @@ Precision of the products:
 """
 
 from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -57,11 +57,7 @@ def load_shifted(x_ptr, pivot_ptr, root_ptr, rows, row_end, columns, n, row_stri
         inside = inside & (root != 0.0)[:, None]
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
     y = tl.where(inside, x.to(pivot.dtype) - pivot[None, :], 0.0)
-    if WEIGHTED:
-        y = y * root[:, None]
-    else:
-        y = y.to(x.dtype)
-    return y
+    return y * root[:, None] if WEIGHTED else y.to(x.dtype)
 
 
 @triton.jit
@@ -76,14 +72,16 @@ def partial_moments_kernel(
     row_stride_units,
     batch_stride_units,
     split_rows,
+    tiles,
+    splits,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     FLUSH_ROWS: tl.constexpr,  # a multiple of BLOCK_ROWS
     WEIGHTED: tl.constexpr,
 ):
-    tile, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tiles, splits = tl.num_programs(0), tl.num_programs(1)
+    tile, slot = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)  # slot = (batch, split)
+    batch, split = slot // splits, (slot % splits).to(tl.int32)
     tile_row, tile_column = lower_tile(tile)
     n, row_stride = n_units * UNIT, row_stride_units * UNIT
     offsets = tl.arange(0, BLOCK)
@@ -91,10 +89,10 @@ def partial_moments_kernel(
     x_ptr += batch * batch_stride_units * UNIT
     pivot_ptr += batch * n
     root_ptr += batch * N
-    slot = batch * splits + split
     partial_ptrs = partial_ptr + (slot * tiles + tile) * BLOCK * BLOCK + offsets[:, None] * BLOCK + offsets[None, :]
     sums_ptrs = sums_ptr + slot * (((n + BLOCK - 1) // BLOCK) * BLOCK) + j
-    SUM: tl.constexpr = tl.float64 if pivot_ptr.dtype.element_ty == tl.float64 else tl.float32
+    SUM: tl.constexpr = pivot_ptr.dtype.element_ty
+    PRECISION: tl.constexpr = "tf32x3" if tl.float32 == SUM else "ieee"
 
     row_end = tl.minimum(N, (split + 1) * split_rows)
     for start in range(split * split_rows, row_end, FLUSH_ROWS):
@@ -104,10 +102,7 @@ def partial_moments_kernel(
             rows = first + tl.arange(0, BLOCK_ROWS)
             y_j = load_shifted(x_ptr, pivot_ptr, root_ptr, rows, flush_end, j, n, row_stride, WEIGHTED)
             y_i = load_shifted(x_ptr, pivot_ptr, root_ptr, rows, flush_end, i, n, row_stride, WEIGHTED)
-            if SUM == tl.float32:
-                total = tl.dot(tl.trans(y_j), y_i, total, input_precision="tf32x3")
-            else:
-                total = tl.dot(tl.trans(y_j), y_i, total, input_precision="ieee", out_dtype=tl.float64)
+            total = tl.dot(tl.trans(y_j), y_i, total, input_precision=PRECISION, out_dtype=SUM)
         for half in range(2):  # at once, the float64 values of the tile would not fit the registers
             mask = (offsets[:, None] // (BLOCK // 2) == half) & (offsets[None, :] < BLOCK)
             tl.store(partial_ptrs, tl.load(partial_ptrs, mask=mask) + total.to(tl.float64), mask=mask)
@@ -129,15 +124,16 @@ def finish_moments_kernel(
     weight_sum_ptr,  # [B] float64
     moment_ptr,  # [B, n, n] float64
     n,
+    tiles,
     splits,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,  # rows of a tile that a program finishes
 ):
-    part, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     PARTS: tl.constexpr = BLOCK // ROWS
-    tile, tiles = part // PARTS, tl.num_programs(0) // PARTS
+    part, slot = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS  # slot = (batch, tile)
+    tile, batch = slot % tiles, (slot // tiles).to(tl.int64)
     tile_row, tile_column = lower_tile(tile)
-    local_rows, local_columns = (part % PARTS) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    local_rows, local_columns = part * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     partial_ptrs = partial_ptr + (batch * splits * tiles + tile) * BLOCK * BLOCK
     partial_ptrs += local_rows[:, None] * BLOCK + local_columns[None, :]
     total = tl.zeros([ROWS, BLOCK], tl.float64)
@@ -169,10 +165,16 @@ class Config:
 
 
 def config_of(n: int, dtype: torch.dtype, weighted: bool) -> Config:
-    """The configuration for n columns: the largest tile whose sums fit the registers of one program."""
+    """The configuration for n columns: the largest tile whose sums fit the registers, compiled without spills."""
     block = min(64 if dtype == torch.float64 else 128, max(16, triton.next_power_of_2(n)))
     one_pass = dtype.itemsize == 2 and not weighted
-    return Config(block, 64 if one_pass else 16, flush_rows=1024, num_warps=8 if block == 128 else 4, num_stages=2)
+    return Config(
+        block,
+        block_rows=64 if one_pass else 16,
+        flush_rows=1024,
+        num_warps=8 if block == 128 else 4,
+        num_stages=1 if dtype == torch.float64 else 2,
+    )
 
 
 def num_splits(rows: int, tiles: int) -> int:
@@ -201,12 +203,9 @@ def centered_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, 
     partial = x.new_zeros((B, splits, tiles, sizes.block, sizes.block), dtype=torch.float64)
     sums = x.new_zeros((B, splits, side * sizes.block), dtype=torch.float64)
     moment = x.new_empty((B, n, n), dtype=torch.float64)
-    if weights is None:
-        weight_sum = x.new_full((B,), N, dtype=torch.float64)
-    else:
-        weight_sum = weights.sum(1)
+    weight_sum = x.new_full((B,), N, dtype=torch.float64) if weights is None else weights.sum(1)
     if B * N:
-        partial_moments_kernel[(tiles, splits, B)](
+        partial_moments_kernel[(tiles * splits * B,)](
             x,
             pivot,
             root,
@@ -217,6 +216,8 @@ def centered_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, 
             x.stride(1) // unit,
             x.stride(0) // unit,
             split_rows,
+            tiles,
+            splits,
             UNIT=unit,
             BLOCK=sizes.block,
             BLOCK_ROWS=sizes.block_rows,
@@ -230,8 +231,9 @@ def centered_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, 
     mean = torch.where(any_weight, pivot.double() + shift, 0.0)
     if B:
         rows = min(FINISH_ROWS, sizes.block)
-        finish_moments_kernel[(tiles * (sizes.block // rows), B)](
-            partial, shift, weight_sum, moment, n, splits, BLOCK=sizes.block, ROWS=rows, num_warps=4
+        programs = B * tiles * (sizes.block // rows)
+        finish_moments_kernel[(programs,)](
+            partial, shift, weight_sum, moment, n, tiles, splits, BLOCK=sizes.block, ROWS=rows, num_warps=4
         )
     return weight_sum, mean, moment
 

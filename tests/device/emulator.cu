@@ -87,6 +87,32 @@ ND_CASE(failure_does_not_stick) {
   test::expect("what came before the trap", out.values(), std::vector<int>{1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0});
 }
 
+// Threads wait for one that traps, with many small arrays on their stacks (between redzones under AddressSanitizer).
+__global__ void trap_with_arrays(int* out) {
+  volatile int a[2] = {1}, b[2] = {2}, c[2] = {3}, d[2] = {4}, e[2] = {5}, f[2] = {6}, g[2] = {7}, h[2] = {8};
+  const int i = threadIdx.x % 2;
+  a[i] = b[i] = c[i] = d[i] = e[i] = f[i] = g[i] = h[i] = i;
+  if (threadIdx.x == 63) __trap();
+  __syncthreads();
+  out[threadIdx.x] = a[1 - i] + b[i] + c[i] + d[i] + e[i] + f[i] + g[i] + h[i];
+}
+
+__global__ void one_large_array(int* out) {
+  volatile int a[256];
+  for (int i = 0; i < 256; ++i) a[i] = i;
+  out[threadIdx.x] = a[threadIdx.x];
+}
+
+ND_CASE(abandoned_stacks_are_not_used_again) {
+  const test::DeviceArray<int> out(64, 0);
+  ND_LAUNCH(trap_with_arrays, 1, 64, 0, nullptr, out.data());
+  test::expect("trap", cudaGetLastError() == cudaErrorLaunchFailure);
+  ND_LAUNCH(one_large_array, 1, 64, 0, nullptr, out.data());
+  std::vector<int> expected(64);
+  for (int i = 0; i < 64; ++i) expected[i] = i;
+  test::expect("values", out.values(), expected);
+}
+
 __global__ void launches_another(int* out) { ND_LAUNCH(trap_in_second_block, 1, 4, 0, nullptr, out); }
 
 ND_CASE(kernels_launch_no_kernels) {

@@ -18,7 +18,7 @@ enum CovlassoStatus : int { kConverged = 0, kCapped = 1, kCollinear = 2, kNotPsd
 template <class T>
 struct CovlassoArgs {
   const T* cov;            // [n, ld] symmetric, zero in columns n..ld-1, rows aligned to 64 bytes
-  int64_t n, ld;           // ld: multiple of 64 bytes
+  int64_t n, ld;           // ld: whole 64-byte lines, at least n rounded up to 16
   const int64_t* targets;  // [num_targets], each in [0, n)
   const double* lam;       // [num_targets], > 0
   const T* penalty;        // [n] or [num_targets, n]; +inf: may not enter; null: all ones

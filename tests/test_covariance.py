@@ -1,0 +1,555 @@
+"""Covariance: every dtype, shape, instruction-set level and transform against a float64 two-pass oracle in NumPy."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import grad, jacrev, vmap
+
+import neuraldeps_kernels as nk
+from neuraldeps_kernels.ops.covariance import centered_moments
+from neuraldeps_kernels.reference import covariance as reference
+
+ROOT = Path(__file__).resolve().parents[1]
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Largest error over the largest entry: rounding of at most 256 products in float32, and of float64.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+# Rows: the smallest, around the group of 8 rows packed together, around the block of 256, several blocks.
+ROWS = [1, 2, 3, 7, 8, 17, 256, 257, 1100]
+# Columns: below, at and above one register (4, 8, 16), a panel (12, 24, 48), a tile (96); one slab and several.
+COLUMNS = [1, 2, 5, 15, 16, 17, 33, 48, 97, 257]
+
+
+def oracle(x: np.ndarray, weights: np.ndarray | None = None, center: bool = True, correction: float = 0) -> np.ndarray:
+    """Two passes in float64 over x [N, n]; rows of weight 0 are left out."""
+    x = np.asarray(x, np.float64)
+    w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)
+    x, w = x[w > 0], w[w > 0]
+    if center:
+        x = x - (w @ x) / w.sum()
+    return (x * w[:, None]).T @ x / (w.sum() - correction)
+
+
+def rows_of(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, offset: float = 0, seed: int = 0
+) -> torch.Tensor:
+    """Correlated normal rows around `offset`, rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (x + 0.5 * x.roll(1, -1) + offset).to(dtype)
+
+
+def as_float64(x: torch.Tensor) -> np.ndarray:
+    return x.double().numpy()
+
+
+def relative_error(got: torch.Tensor, want: np.ndarray, floor: float = 0.0) -> float:
+    return float(np.abs(got.double().numpy() - want).max() / max(np.abs(want).max(), floor, 1e-300))
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", COLUMNS)
+def test_matches_the_oracle(n: int, dtype: torch.dtype) -> None:
+    for N in ROWS:
+        x = rows_of((N, n), dtype, seed=N)
+        S = nk.covariance(x)
+        assert S.dtype == torch.float64
+        assert relative_error(S, oracle(as_float64(x)), floor=1e-6) <= TOLERANCE[dtype], N
+        assert torch.equal(S, S.T)
+
+
+def test_a_thousand_columns_and_uneven_rows() -> None:
+    x = rows_of((2111, 1000), offset=5)
+    assert relative_error(nk.covariance(x), oracle(as_float64(x))) <= 5e-7
+    assert relative_error(nk.covariance(x, dtype=torch.float32), oracle(as_float64(x))) <= 6e-7
+    assert nk.covariance(x, dtype=torch.float32).dtype == torch.float32
+
+
+# 3000 and 3e4: float32 data lie on a grid of 2^-12 and 2^-9, on which a plain float32 sum rounds to one side.
+@pytest.mark.parametrize("offset", [0.0, 1.0, 100.0, 3000.0, 1e4, 3e4])
+def test_a_common_offset_costs_no_accuracy(offset: float) -> None:
+    x = rows_of((6000, 70), offset=offset)
+    assert relative_error(nk.covariance(x), oracle(as_float64(x))) <= 3e-7
+    x64 = rows_of((600, 70), torch.float64, offset=offset)
+    assert relative_error(nk.covariance(x64), oracle(as_float64(x64))) <= 1e-12
+
+
+def test_a_mean_that_drifts_away_from_the_pivot() -> None:
+    x = rows_of((4000, 20)) + torch.linspace(0, 50, 4000)[:, None]
+    assert relative_error(nk.covariance(x), oracle(as_float64(x))) <= 1e-6
+
+
+def test_a_constant_column_has_variance_zero() -> None:
+    for dtype in DTYPES:
+        x = rows_of((51, 9), dtype, offset=3)
+        x[:, 4] = 0.1
+        S = nk.covariance(x)
+        assert not S[4].any()
+        assert (S.diagonal()[torch.arange(9) != 4] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights(dtype: torch.dtype) -> None:
+    for N, n in [(1, 3), (9, 17), (300, 33), (700, 110)]:
+        x = rows_of((N, n), dtype, offset=2, seed=n)
+        w = torch.rand(N, generator=torch.Generator().manual_seed(N)) + 0.1
+        w[1::3] = 0
+        got = nk.covariance(x, weights=w)
+        assert relative_error(got, oracle(as_float64(x), as_float64(w)), floor=1e-6) <= TOLERANCE[dtype]
+        x[1::3] = torch.nan
+        assert torch.equal(nk.covariance(x, weights=w), got)
+
+
+def test_weights_are_frequencies() -> None:
+    x, counts = rows_of((40, 6)), torch.arange(40) % 4
+    repeated = x.repeat_interleave(counts, 0)
+    got = nk.covariance(x, weights=counts, correction=1)
+    torch.testing.assert_close(got, nk.covariance(repeated, correction=1), rtol=1e-6, atol=1e-7)
+    assert torch.equal(nk.covariance(x, weights=counts > 0), nk.covariance(x, weights=(counts > 0).double()))
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("correction", [0, 1, 2.5])
+def test_center_and_correction(center: bool, correction: float) -> None:
+    x = rows_of((30, 7), offset=1.5)
+    w = torch.linspace(0.5, 2, 30)
+    for weights in (None, w):
+        got = nk.covariance(x, center=center, correction=correction, weights=weights)
+        want = oracle(as_float64(x), None if weights is None else as_float64(w), center, correction)
+        assert relative_error(got, want) <= 1e-6
+
+
+def test_agrees_with_torch_cov() -> None:
+    x = rows_of((200, 12), torch.float64)
+    torch.testing.assert_close(nk.covariance(x, correction=1), torch.cov(x.T), rtol=1e-12, atol=1e-14)
+
+
+# Fewer problems than threads, as many, more; problems large enough for several tasks.
+@pytest.mark.parametrize(("B", "N", "n"), [(1, 20, 5), (2, 300, 100), (7, 33, 17), (0, 5, 3)])
+def test_a_batch_is_its_problems_one_by_one(B: int, N: int, n: int) -> None:
+    x = rows_of((B, N, n))
+    w = torch.rand(B, N, generator=torch.Generator().manual_seed(1))
+    for weights in (None, w):
+        together = nk.covariance(x, weights=weights)
+        assert together.shape == (B, n, n)
+        for b in range(B):
+            assert torch.equal(together[b], nk.covariance(x[b], weights=None if weights is None else w[b]))
+
+
+def test_strides() -> None:
+    x = rows_of((60, 40))
+    for view in (x[::3], x[:, 5:20], x[:, ::2], x.T, x[:1].expand(9, 40), x.flip(0)):
+        torch.testing.assert_close(nk.covariance(view), nk.covariance(view.contiguous()), rtol=0, atol=0)
+    batch = rows_of((3, 10, 8))
+    for view in (batch.transpose(0, 1), batch[:, :, 1:5], batch[:1].expand(4, 10, 8), batch[::2]):
+        torch.testing.assert_close(nk.covariance(view), nk.covariance(view.contiguous()), rtol=0, atol=0)
+
+
+def test_float16_values_of_every_kind() -> None:
+    """Subnormal, normal and extreme numbers convert exactly: a single row is its own mean."""
+    x = torch.arange(0, 0x7C00, 7, dtype=torch.int16).view(torch.float16)
+    x = torch.cat([x, -x])[None, None]
+    _, mean, moment = centered_moments(x)
+    assert torch.equal(mean, x[0].double())
+    assert not moment.any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_bits_for_any_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        for shape in [(1500, 30), (1500, 200), (5, 40, 50)]:
+            x = rows_of(shape, offset=7)
+            torch.set_num_threads(4)
+            want = nk.covariance(x)
+            torch.set_num_threads(threads)
+            assert torch.equal(nk.covariance(x), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+def covariances_of_this_level() -> None:
+    """Prints the level in use and the largest relative error, for test_every_instruction_set_level."""
+    worst = 0.0
+    for dtype in DTYPES:
+        for N, n in [(3, 1), (300, 17), (520, 100)]:
+            x = rows_of((N, n), dtype, offset=3)
+            w = (torch.arange(N) % 5).double()
+            for weights in (None, w):
+                want = oracle(as_float64(x), None if weights is None else w.numpy())
+                worst = max(worst, relative_error(nk.covariance(x, weights=weights), want) / TOLERANCE[dtype])
+    print(torch.ops.neuraldeps.cpu_levels()[2], worst)
+
+
+def test_every_instruction_set_level(cpu_levels: list[str], run_python) -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_covariance; test_covariance.covariances_of_this_level()"
+    for level in cpu_levels:
+        result = run_python(code, str(ROOT / "tests"), NEURALDEPS_CPU_LEVEL=level)
+        assert result.returncode == 0, result.stderr
+        used, worst = result.stdout.split()
+        assert used == level
+        assert float(worst) <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    N=st.integers(1, 40),
+    n=st.integers(1, 40),
+    scale=st.sampled_from([1e-3, 1.0, 1e4]),
+    offset=st.sampled_from([0.0, -30.0, 1e3]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_properties(seed: int, N: int, n: int, scale: float, offset: float, dtype: torch.dtype) -> None:
+    x = rows_of((N, n), torch.float64, seed=seed)
+    x = (scale * (x + offset)).to(dtype)
+    S = nk.covariance(x)
+    top = float(S.diagonal().max()) + 1e-300
+    assert torch.equal(S, S.T)
+    assert float(torch.linalg.eigvalsh(S)[0]) >= -5e-6 * n * top  # positive semidefinite
+    assert bool((S.diagonal() >= 0).all())
+    permutation = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    assert relative_error(nk.covariance(x[:, permutation]), S[permutation][:, permutation].numpy(), 1e-12 * top) <= 1e-5
+    assert relative_error(nk.covariance(4 * x), 16 * S.numpy(), 1e-12 * top) <= 1e-6
+    second = nk.covariance(x, center=False)
+    mean = centered_moments(x[None])[1][0]
+    assert relative_error(second - torch.outer(mean, mean), S.numpy(), floor=1e-6 * float(second.max())) <= 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def nan_at(row: int, column: int, value: float = torch.nan) -> torch.Tensor:
+    x = rows_of((10, 4))
+    x[row, column] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "call"),
+    [
+        (TypeError, r"x must be a torch.Tensor, not list", lambda: nk.covariance([[1.0]])),
+        (
+            TypeError,
+            r"x must be float32, .*, not torch.int64",
+            lambda: nk.covariance(torch.ones(3, 2, dtype=torch.int64)),
+        ),
+        (ValueError, r"x must be \[N, n\] .* not \[3\]", lambda: nk.covariance(torch.ones(3))),
+        (ValueError, r"x must be \[N, n\] .* not \[3, 0\]", lambda: nk.covariance(torch.ones(3, 0))),
+        (ValueError, r"x must have at least one row", lambda: nk.covariance(torch.ones(0, 3))),
+        (ValueError, r"below the 1 rows of x, not 1", lambda: nk.covariance(torch.ones(1, 3), correction=1)),
+        (ValueError, r"x has no finite covariance in column 2", lambda: nk.covariance(nan_at(5, 2))),
+        (ValueError, r"x has no finite covariance in column 0", lambda: nk.covariance(nan_at(0, 0, torch.inf))),
+        (ValueError, r"x has no finite .* overflow", lambda: nk.covariance(nan_at(3, 1, 1e30))),
+        (TypeError, r"weights must be a torch.Tensor", lambda: nk.covariance(nan_at(0, 0), weights=[1.0] * 10)),
+        (TypeError, r"weights must be real", lambda: nk.covariance(torch.ones(2, 2), weights=torch.ones(2) * 1j)),
+        (
+            ValueError,
+            r"weights must be \[10\], .* not \[4\]",
+            lambda: nk.covariance(nan_at(0, 0), weights=torch.ones(4)),
+        ),
+        (ValueError, r"weights holds -1", lambda: nk.covariance(torch.ones(2, 2), weights=torch.tensor([1, -1]))),
+        (ValueError, r"weights holds nan", lambda: nk.covariance(torch.ones(1, 2), weights=torch.tensor([torch.nan]))),
+        (ValueError, r"weights holds inf", lambda: nk.covariance(torch.ones(1, 2), weights=torch.tensor([torch.inf]))),
+        (
+            ValueError,
+            r"sum of weights is 0; it must be above",
+            lambda: nk.covariance(torch.ones(2, 2), weights=torch.zeros(2)),
+        ),
+        (TypeError, r"dtype must be torch.float64 or", lambda: nk.covariance(torch.ones(2, 2), dtype=torch.float16)),
+        (ValueError, r"x must be \[N, 3\], not \[2, 2\]", lambda: nk.CovarianceAccumulator(3).update(torch.ones(2, 2))),
+        (ValueError, r"x must be \[N, 2\]", lambda: nk.CovarianceAccumulator(2).update(torch.ones(1, 2, 2))),
+        (ValueError, r"x is on meta, but", lambda: nk.CovarianceAccumulator(2).update(torch.ones(2, 2, device="meta"))),
+        (ValueError, r"n must be at least 1, not 0", lambda: nk.CovarianceAccumulator(0)),
+        (ValueError, r"count of rows is 0", lambda: nk.CovarianceAccumulator(2).compute()),
+        (ValueError, r"other has n=3", lambda: nk.CovarianceAccumulator(2).merge(nk.CovarianceAccumulator(3))),
+        (
+            ValueError,
+            r"center=False, but",
+            lambda: nk.CovarianceAccumulator(2).merge(nk.CovarianceAccumulator(2, center=False)),
+        ),
+        (ValueError, r"state must have the keys", lambda: nk.CovarianceAccumulator(2).load_state_dict({})),
+        (
+            ValueError,
+            r"state\['mean'\] must be \[2\], not \[3\]",
+            lambda: nk.CovarianceAccumulator(2).load_state_dict(nk.CovarianceAccumulator(3).state_dict()),
+        ),
+        (RuntimeError, r"init_process_group", lambda: nk.CovarianceAccumulator(2).all_reduce()),
+    ],
+)
+def test_bad_input(error: type[Exception], text: str, call) -> None:
+    with pytest.raises(error, match=text):
+        call()
+
+
+# ------------------------------------------------------------------------------------------------ operator, transforms
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    x = rows_of((2, 5, 3), dtype).requires_grad_()
+    weights = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
+    for arguments in ((x, None), (x, weights)):
+        torch.library.opcheck(torch.ops.neuraldeps.centered_moments.default, arguments)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"center": False}, {"correction": 1}], ids=str)
+def test_gradients(keywords: dict[str, object]) -> None:
+    x = rows_of((2, 6, 3), torch.float64).requires_grad_()
+    w = (torch.rand(2, 6, dtype=torch.float64) + 0.5).requires_grad_()
+    plain = functools.partial(nk.covariance, **keywords)
+    assert torch.autograd.gradcheck(plain, (x,))
+    assert torch.autograd.gradcheck(lambda x, w: plain(x, weights=w), (x, w))
+    assert torch.autograd.gradgradcheck(lambda x, w: plain(x, weights=w), (x, w))
+    assert torch.autograd.gradcheck(torch.ops.neuraldeps.centered_moments, (x, w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_dtype_and_value(dtype: torch.dtype) -> None:
+    x = rows_of((50, 6), dtype, offset=3).requires_grad_()
+    nk.covariance(x).square().sum().backward()
+    exact = x.detach().double().requires_grad_()
+    reference.covariance(exact).square().sum().backward()
+    assert x.grad.dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    torch.testing.assert_close(
+        x.grad.double(), exact.grad, rtol=tolerance, atol=tolerance * float(exact.grad.abs().max())
+    )
+
+
+def test_a_row_of_weight_zero_has_no_gradient() -> None:
+    x = rows_of((6, 3), torch.float64)
+    x[2] = torch.nan
+    x.requires_grad_()
+    w = torch.tensor([1.0, 2, 0, 1, 1, 3], dtype=torch.float64, requires_grad=True)
+    nk.covariance(x, weights=w).sum().backward()
+    assert not x.grad[2].any()
+    assert w.grad[2] == 0
+    assert x.grad.isfinite().all()
+    assert w.grad.isfinite().all()
+
+
+def test_function_transforms() -> None:
+    x = rows_of((4, 9, 3), torch.float64)
+
+    def loss(cov, x):
+        return cov(x, correction=1).square().sum()
+
+    ours, plain = functools.partial(loss, nk.covariance), functools.partial(loss, reference.covariance)
+    torch.testing.assert_close(grad(ours)(x[0]), grad(plain)(x[0]))
+    torch.testing.assert_close(vmap(grad(ours))(x), vmap(grad(plain))(x))
+    torch.testing.assert_close(jacrev(nk.covariance)(x[0]), jacrev(reference.covariance)(x[0]))
+    torch.testing.assert_close(jacrev(jacrev(ours))(x[0]), jacrev(jacrev(plain))(x[0]))
+
+
+def test_vmap_is_a_loop() -> None:
+    x, w = rows_of((3, 2, 9, 4)), torch.rand(5, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(vmap(nk.covariance)(x), torch.stack([nk.covariance(part) for part in x]))
+    assert torch.equal(vmap(vmap(nk.covariance))(x), nk.covariance(x.flatten(0, 1)).unflatten(0, (3, 2)))
+    slices = torch.stack([nk.covariance(x[:, :, r]) for r in range(9)])
+    assert torch.equal(vmap(nk.covariance, in_dims=2)(x), slices)
+    one = x[0, 0]
+    got = vmap(lambda weights: nk.covariance(one, weights=weights))(w)
+    assert torch.equal(got, torch.stack([nk.covariance(one, weights=row) for row in w]))
+    raw = vmap(torch.ops.neuraldeps.centered_moments, in_dims=(0, None))(x.double(), torch.rand(2, 9).double())
+    assert [tuple(out.shape) for out in raw] == [(3, 2), (3, 2, 4), (3, 2, 4, 4)]
+
+
+def test_compile_and_autocast() -> None:
+    def step(x, w):
+        return nk.covariance(x, weights=w, correction=1, center=False).diagonal().log().sum()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        x = rows_of((20, 5)).requires_grad_()
+        value = function(x, torch.linspace(1, 2, 20))
+        value.backward()
+        results.append((value.detach(), x.grad))
+    torch.testing.assert_close(results[0], results[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = rows_of((20, 5)).requires_grad_()
+        value = step(x, torch.linspace(1, 2, 20))
+        value.backward()
+    assert torch.equal(value, results[0][0])
+    torch.testing.assert_close(x.grad, results[0][1])
+
+
+def test_meta_tensors_give_shapes() -> None:
+    S = nk.covariance(torch.empty(4, 100, 7, device="meta", dtype=torch.bfloat16))
+    assert (S.shape, S.dtype, S.device.type) == ((4, 7, 7), torch.float64, "meta")
+
+
+def test_the_reference_agrees_with_the_oracle() -> None:
+    x, w = rows_of((2, 30, 5), offset=4), torch.rand(2, 30)
+    for b in range(2):
+        want = oracle(as_float64(x[b]), as_float64(w[b]), center=False, correction=1)
+        got = reference.covariance(x[b], weights=w[b], center=False, correction=1)
+        assert relative_error(got, want) <= 1e-13
+    assert relative_error(reference.covariance(x)[1], oracle(as_float64(x[1]))) <= 1e-13
+
+
+# ------------------------------------------------------------------------------------------------ accumulator
+
+
+def accumulated(chunks: list[torch.Tensor], **keywords: object) -> nk.CovarianceAccumulator:
+    accumulator = nk.CovarianceAccumulator(chunks[0].shape[1], **keywords)
+    for chunk in chunks:
+        accumulator.update(chunk)
+    return accumulator
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_chunk_sizes_do_not_matter(offset: float, dtype: torch.dtype) -> None:
+    offset = min(offset, 30.0) if dtype.itemsize == 2 else offset  # 16 bits resolve no more
+    x = rows_of((1000, 21), dtype, offset)
+    want, mean = oracle(as_float64(x)), as_float64(x).mean(0)
+    for size in (1, 7, 333, 1000):
+        accumulator = accumulated(list(x.split(size)))
+        assert relative_error(accumulator.compute(), want) <= TOLERANCE[dtype]
+        np.testing.assert_allclose(accumulator.mean.numpy(), mean, rtol=1e-9, atol=1e-6)
+        assert float(accumulator.count) == 1000
+
+
+def test_accumulator_of_mixed_and_weighted_chunks() -> None:
+    x, w = rows_of((90, 5), torch.float64, offset=2), torch.rand(90, dtype=torch.float64)
+    accumulator = nk.CovarianceAccumulator(5)
+    accumulator.update(x[:0])
+    accumulator.update(x[:30], w[:30])
+    accumulator.update(x[30:60].double(), torch.zeros(30))
+    accumulator.update(x[60:], w[60:])
+    kept = torch.cat([x[:30], x[60:]]), torch.cat([w[:30], w[60:]])
+    assert relative_error(accumulator.compute(1), oracle(kept[0].numpy(), kept[1].numpy(), correction=1)) <= 1e-12
+    assert float(accumulator.count) == pytest.approx(float(kept[1].sum()))
+    before = accumulator.compute()
+    with pytest.raises(ValueError, match="x has no finite"):
+        accumulator.update(nan_at(0, 0)[:, [0, 1, 2, 3, 0]])
+    assert torch.equal(accumulator.compute(), before)
+
+
+def test_accumulator_without_centering() -> None:
+    x = rows_of((64, 4), offset=3)
+    accumulator = accumulated(list(x.split(10)), center=False, dtype=torch.float32)
+    S = accumulator.compute(correction=1)
+    assert S.dtype == accumulator.mean.dtype == torch.float32
+    assert relative_error(S, oracle(as_float64(x), center=False, correction=1)) <= 1e-6
+
+
+def test_merge_order_and_copies() -> None:
+    x = rows_of((300, 8), offset=100)
+    parts = [accumulated([part]) for part in x.split([10, 190, 100])]
+    results = []
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        total = nk.CovarianceAccumulator(8)
+        for k in order:
+            total.merge(parts[k])
+        results.append(total.compute())
+    for result in results:
+        assert relative_error(result, oracle(as_float64(x))) <= 1e-6
+        torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-12)
+    parts[0].merge(parts[0])
+    assert float(parts[0].count) == 20
+    mean = parts[1].mean
+    mean += 1
+    assert not torch.equal(mean, parts[1].mean)
+
+
+def test_state_dict_round_trip() -> None:
+    first, second = rows_of((50, 6)).split(25)
+    saved = io.BytesIO()
+    torch.save(accumulated([first]).state_dict(), saved)
+    saved.seek(0)
+    accumulator = nk.CovarianceAccumulator(6)
+    accumulator.load_state_dict(torch.load(saved, weights_only=True))
+    accumulator.update(second)
+    assert torch.equal(accumulator.compute(), accumulated([first, second]).compute())
+    with pytest.raises(ValueError, match="center"):
+        nk.CovarianceAccumulator(6, center=False).load_state_dict(accumulator.state_dict())
+
+
+def reduce_on_one_rank(rank: int, world: int, port: int) -> None:
+    """Rows r = rank modulo world of one matrix, the last rank without any: every rank must end with the whole."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    try:
+        x = rows_of((200, 6), offset=1e3)
+        mine = x[rank :: world - 1] if rank < world - 1 else x[:0]
+        accumulator = accumulated([mine])
+        accumulator.all_reduce()
+        assert relative_error(accumulator.compute(), oracle(as_float64(x))) <= 1e-6
+        assert float(accumulator.count) == 200
+        np.testing.assert_allclose(accumulator.mean.numpy(), as_float64(x).mean(0), rtol=1e-9)
+        states = [torch.empty(6, 6, dtype=torch.float64) for _ in range(world)]
+        torch.distributed.all_gather(states, accumulator.compute())
+        assert all(torch.equal(state, states[0]) for state in states)
+        pair = torch.distributed.new_group([0, 1])
+        if rank < 2:
+            partial = accumulated([x[rank : rank + 1]])
+            partial.all_reduce(pair)
+            assert float(partial.count) == 2
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_reduce(world: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(reduce_on_one_rank, (world, port), nprocs=world)
+
+
+# ------------------------------------------------------------------------------------------------ sanitizers, GPU
+
+
+def test_sanitizers(tmp_path: Path, build_script, cpu_levels: list[str]) -> None:
+    level = cpu_levels[-1]
+    program = tmp_path / "driver"
+    flags = ["-std=c++20", "-O1", "-g1", "-fopenmp-simd", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [ROOT / "tests/cpu_sanitizer_driver.cpp", ROOT / "csrc/cpu/covariance.cpp"]
+    definitions = [f"-DND_CPU_LEVEL={level}", "-DND_DRIVE_COVARIANCE", f"-I{ROOT}/csrc/include"]
+    compiler = os.environ.get("CXX", "g++").split()
+    command = [
+        *compiler,
+        *flags,
+        *build_script.cpu_levels()[level],
+        *definitions,
+        *map(str, sources),
+        "-o",
+        str(program),
+    ]
+    subprocess.run(command, check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gpu_matches_the_cpu(dtype: torch.dtype) -> None:
+    for shape in [(1, 1), (3, 5), (1000, 1000), (5000, 130), (3, 700, 65)]:
+        for offset in (0.0, 100.0):
+            x = rows_of(shape, dtype, offset)
+            w = (torch.arange(x[..., 0].numel()) % 3).view(x.shape[:-1]).double()
+            w = w if int(w.sum()) else None
+            for weights in (None, w):
+                want = nk.covariance(x, weights=weights)
+                got = nk.covariance(x.cuda(), weights=None if weights is None else weights.cuda()).cpu()
+                tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+                assert float((got - want).abs().max()) <= tolerance * max(float(want.abs().max()), 1e-6)
+                assert torch.equal(got, got.mT)
