@@ -32,7 +32,7 @@ test: build lint
 	$(PY) -m pytest -m compile || test $$? -eq 5
 
 bench: build
-	$(VENV)/bin/neuraldeps bench
+	$(VENV)/bin/neuraldeps bench --quick
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

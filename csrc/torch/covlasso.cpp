@@ -18,6 +18,7 @@
 #include "neuraldeps/covlasso_problem.hpp"
 #include "neuraldeps/cpu_api.h"
 #include "neuraldeps/nvtx.hpp"
+#include "tensors.hpp"
 
 namespace {
 
@@ -80,17 +81,16 @@ struct Solution {
 };
 
 Solution empty_solution(const Tensor& cov, int64_t num_targets, int64_t capacity) {
-  using torch::stable::new_empty;
-  return {new_empty(cov, {num_targets, capacity}), new_empty(cov, {num_targets, capacity}, ScalarType::Int),
-          new_empty(cov, {num_targets}, ScalarType::Int),
-          new_empty(cov, {num_targets, kCovlassoInfoSize}, ScalarType::Double)};
+  return {nd::empty({num_targets, capacity}, cov.scalar_type(), cov),
+          nd::empty({num_targets, capacity}, ScalarType::Int, cov), nd::empty({num_targets}, ScalarType::Int, cov),
+          nd::empty({num_targets, int64_t{kCovlassoInfoSize}}, ScalarType::Double, cov)};
 }
 
 template <class T>
 Solution solve_on_cpu(const Tensor& cov, const Tensor& targets, const Tensor& lam, const OptionalTensor& penalty,
                       double tol, int64_t max_pivots, int64_t capacity) {
   const int64_t n = cov.size(0), num_targets = targets.size(0);
-  Tensor packed = torch::stable::new_empty(cov, {n, leading_dimension(n, sizeof(T))});
+  Tensor packed = nd::empty({n, leading_dimension(n, sizeof(T))}, cov.scalar_type(), cov);
   T* const rows = static_cast<T*>(packed.mutable_data_ptr());
   const double scale =
       nd::cpu::pack_covariance(static_cast<const T*>(cov.const_data_ptr()), n, cov.stride(0), rows, parallel);
@@ -147,7 +147,7 @@ Tensor lambda_max_cpu(Tensor cov, Tensor targets, OptionalTensor penalty) {
   check_targets(targets, cov.size(0));
   if (cov.stride(1) != 1) cov = torch::stable::contiguous(cov);
   if (penalty) penalty = torch::stable::contiguous(*penalty);
-  Tensor out = torch::stable::new_empty(cov, {targets.size(0)}, ScalarType::Double);
+  Tensor out = nd::empty({targets.size(0)}, ScalarType::Double, cov);
   const auto run = cov.scalar_type() == ScalarType::Float ? lambda_max_on_cpu<float> : lambda_max_on_cpu<double>;
   run(cov, targets, penalty, static_cast<double*>(out.mutable_data_ptr()));
   return out;
@@ -159,7 +159,7 @@ void launch(WorkspaceSize workspace_size, Solve solve, const Tensor& packed, int
             Solution& solution) {
   const int64_t num_targets = targets.size(0);
   const auto bytes = static_cast<int64_t>(workspace_size(n, num_targets));
-  Tensor workspace = torch::stable::new_empty(packed, {bytes}, ScalarType::Byte);
+  Tensor workspace = nd::empty({bytes}, ScalarType::Byte, packed);
   const int code = solve(
       static_cast<const T*>(packed.const_data_ptr()), n, packed.size(1),
       static_cast<const int64_t*>(targets.const_data_ptr()), static_cast<const double*>(lam.const_data_ptr()),

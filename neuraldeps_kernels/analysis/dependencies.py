@@ -17,6 +17,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -314,9 +315,9 @@ class DependencyReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """`to_dict` as JSON text, also written to `path` if given."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        text = json_text(self.to_dict())
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            Path(path).write_text(text, encoding="utf-8")
         return text
 
     def to_csv(self, path: str | Path | None = None) -> str:
@@ -736,7 +737,7 @@ def _refit(cov: Tensor, coefficients: Tensor, targets: Tensor) -> tuple[Tensor, 
     values, err2 = [], []
     with _one_thread():
         for i, a in zip(targets.tolist(), coefficients.col_indices().tensor_split(crow[1:-1]), strict=True):
-            A, c = cov[a][:, a].double(), cov[a, i].double()
+            A, c = cov[a[:, None], a].double(), cov[a, i].double()
             theta = _solve_positive(A, c)
             values.append(theta)
             err2.append(cov[i, i].double() - 2 * c @ theta + theta @ A @ theta)
@@ -850,6 +851,12 @@ def _pooled(metrics: SubstitutionMetrics) -> dict[str, float]:
         "top5": over_positives(m.top5_after),
         "auc": float(m.auc_after.nanmean()),
     }
+
+
+def json_text(content: Any) -> str:
+    """Indented strict JSON with a list of numbers on one line."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    return re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda match: "[" + " ".join(match[0][1:-1].split()) + "]", text) + "\n"
 
 
 def _quantile(values: Tensor, q: float) -> float:

@@ -13,16 +13,15 @@ import typer
 
 import neuraldeps_kernels
 from neuraldeps_kernels import _info
-from neuraldeps_kernels.cli.demo import demo
-from neuraldeps_kernels.cli.deps import deps
+from neuraldeps_kernels.cli import demo, deps
 
 app = typer.Typer(
     help="Dependency-aware neural networks: which categories a classifier expresses through which others.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(deps)
-app.command()(demo)
+app.command()(deps.deps)
+app.command()(demo.demo)
 
 # The base of all errors of usage, which typer does not export under one name in all its versions.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

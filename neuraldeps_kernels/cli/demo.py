@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 from neuraldeps_kernels.analysis import DependencyReport, LogitStatistics, find_dependencies
-from neuraldeps_kernels.cli.deps import curve_rows, write_json
+from neuraldeps_kernels.analysis.dependencies import json_text
+from neuraldeps_kernels.cli.deps import curve_rows
 from neuraldeps_kernels.cli.output import check_output, console, messages, output_folder, progress
 from neuraldeps_kernels.data.logits import imagenet_class_names, load_imagenet_covariance
 
@@ -113,7 +114,7 @@ def _write(measured: Measured, reports: dict[str, DependencyReport], folder: Pat
         "top1_of_labelled_pictures": _labelled_top1(measured),
         "analyses": {name: report.to_dict() | {"error_curve": curve_rows(report)} for name, report in reports.items()},
     }
-    write_json(content, folder / "report.json")
+    (folder / "report.json").write_text(json_text(content), encoding="utf-8")
     (folder / "between").mkdir()
     for report, place in ((within, folder), (between, folder / "between")):
         report.to_csv(place / "dependencies.csv")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from torch import Tensor
 
 from neuraldeps_kernels.analysis import DependencyReport, find_dependencies
-from neuraldeps_kernels.analysis.dependencies import DEFAULT_LAM_RATIO
+from neuraldeps_kernels.analysis.dependencies import DEFAULT_LAM_RATIO, json_text
 from neuraldeps_kernels.cli.output import check_output, console, messages, output_folder
 from neuraldeps_kernels.data.logits import read_lines, read_logits
 
@@ -94,7 +93,7 @@ def deps(
 def write_report(report: DependencyReport, folder: Path, extra: dict[str, Any]) -> None:
     """report.json (with the error curve and `extra`), dependencies.csv and the plots."""
     content = report.to_dict() | {"error_curve": curve_rows(report)} | extra
-    write_json(content, folder / "report.json")
+    (folder / "report.json").write_text(json_text(content), encoding="utf-8")
     report.to_csv(folder / "dependencies.csv")
     report.plot(folder)
 
@@ -105,11 +104,6 @@ def curve_rows(report: DependencyReport) -> list[dict[str, Any]]:
         {name: None if value != value else value for name, value in asdict(point).items()}
         for point in report.error_curve
     ]
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Strict JSON, one space a level."""
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def parse_targets(text: str, names: list[str] | None, n: int) -> list[int]:

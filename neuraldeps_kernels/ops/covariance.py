@@ -47,8 +47,8 @@ def covariance(
         correction: subtracted from the number of rows (from the sum of weights) in the divisor: 0 divides by N, 1 by
             N - 1.
         weights: [N] or [B, N], finite and not negative, of any real dtype: how often each row counts. A row of weight 0
-            is not read, so it may hold NaN, and its weight has gradient 0. With float32 and 16-bit `x` the square roots
-            of the weights have to lie in the range of float32.
+            is not read, so it may hold NaN. With float32 and 16-bit `x` the square roots of the weights have to lie in
+            the range of float32.
         dtype: of the result, float64 or float32.
 
     Returns:
@@ -333,9 +333,9 @@ def _gradient(
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         y = (x - mean[:, None]).to(dtype) if x.dtype != torch.float64 else x - mean[:, None]
-        counted = None if weights is None else weights != 0
-        if counted is not None:
-            y = torch.where(counted[..., None], y, 0.0)
+        if weights is not None:  # rows that may not be read count as rows at the mean
+            unread = (weights == 0) & ~y.isfinite().all(-1)
+            y = torch.where(unread[..., None], 0.0, y)
         pull = torch.zeros_like(y)  # [B, N, n]: dL/dx_r / w_r
         spread = pull
         if grad_moment is not None:

@@ -23,6 +23,7 @@ Precision of the products:
 """
 
 from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 

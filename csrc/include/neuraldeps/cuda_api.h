@@ -19,13 +19,13 @@ ND_API int nd_cuda_device_count(int* count);
 ND_API size_t nd_covlasso_workspace_f32(int64_t n, int64_t num_targets);
 ND_API size_t nd_covlasso_workspace_f64(int64_t n, int64_t num_targets);
 ND_API int nd_covlasso_f32(const float* cov, int64_t n, int64_t ld, const int64_t* targets, const double* lam,
-                           int64_t num_targets, const float* penalty, int64_t penalty_stride, double tol, int64_t max_pivots,
-                           int32_t* index, float* value, int64_t capacity, int32_t* count, double* info, void* workspace,
-                           void* stream);
+                           int64_t num_targets, const float* penalty, int64_t penalty_stride, double tol,
+                           int64_t max_pivots, int32_t* index, float* value, int64_t capacity, int32_t* count,
+                           double* info, void* workspace, void* stream);
 ND_API int nd_covlasso_f64(const double* cov, int64_t n, int64_t ld, const int64_t* targets, const double* lam,
-                           int64_t num_targets, const double* penalty, int64_t penalty_stride, double tol, int64_t max_pivots,
-                           int32_t* index, double* value, int64_t capacity, int32_t* count, double* info, void* workspace,
-                           void* stream);
+                           int64_t num_targets, const double* penalty, int64_t penalty_stride, double tol,
+                           int64_t max_pivots, int32_t* index, double* value, int64_t capacity, int32_t* count,
+                           double* info, void* workspace, void* stream);
 #ifdef __cplusplus
 }
 #endif
