@@ -223,14 +223,19 @@ struct Arguments {
   unsigned char* slices;
 };
 
+// Of a certificate: s'w, rho'w, sum_j penalty_j |w_j|, largest violation on the support.
+struct Sums {
+  double linear, curvature, norm, residual;
+};
+
 // Shared by the threads of a block; per warp where it is an array of kWarps.
 template <class T>
 struct Scratch {
   int histogram[kWarps][kBins];
-  int listed[kWarps];  // violators
-  int kept[kWarps];    // of them, those that may be among the worst
-  double reach[kWarps], sums[kWarps][4];
-  double info[kInfoSize];
+  int listed[kWarps];    // violators
+  int kept[kWarps];      // of them, those that may be among the worst
+  double reach[kWarps];  // max |rho_j| / penalty_j
+  Sums sums[kWarps];
   // The target.
   double a, top, inverse_top;  // lam / 2, lambda_max / 2
   const T* penalty;            // [n] or null
@@ -895,14 +900,14 @@ class Solver {
 
   // ------------------------------------------------------------------------------------------------------- certificate
 
-  // After a pass in float64: rho on A, err2, duality gap and violation in float64, into shared_.info; leaves the
-  // defect. Returns the largest violation on the support.
+  // After a pass in float64, with rho on A in float64 too: leaves the defect and, in shared_.sums, the parts of s'w,
+  // rho'w, sum_j penalty_j |w_j| and of the largest violation on the support, which is returned.
   __device__ __forceinline__ double measure() {
     const Me me;
     const Active<T> set = active();
     const int* index = set.index(side_);
     const T *w = set.w(), *s = row(shared_.target);
-    double residual = 0, linear = 0, curvature = 0, norm = 0;  // s'w, rho'w, sum_j penalty_j |w_j|
+    double linear = 0, curvature = 0, norm = 0, residual = 0;
     for (int e = me.thread; e < blocks_of(k_) * W; e += kThreads) {
       if (e >= k_) {
         set.defect()[e] = T(0);
@@ -916,41 +921,45 @@ class Solver {
       for (int c = 0; c < k_; c++) rho -= static_cast<double>(w[c]) * static_cast<double>(r[index[c]]);
       set.defect()[e] = static_cast<T>(rho - bound * static_cast<double>(set.sign(side_)[e]));
       const double excess = x == 0 ? magnitude(rho) - bound : magnitude(rho - (x > 0 ? bound : -bound));
-      residual = larger(residual, excess / factor);
       linear += static_cast<double>(s[j]) * x;
       curvature += rho * x;
       norm += factor * magnitude(x);
+      residual = larger(residual, excess / factor);
     }
-    double* sums = shared_.sums[me.warp];
     linear = warp_sum(linear), curvature = warp_sum(curvature), norm = warp_sum(norm), residual = warp_max(residual);
-    if (me.lane == 0) sums[0] = linear, sums[1] = curvature, sums[2] = norm, sums[3] = residual;
+    if (me.lane == 0) shared_.sums[me.warp] = {linear, curvature, norm, residual};
     __syncthreads();
-    linear = curvature = norm = residual = 0;
-#pragma unroll
-    for (int x = 0; x < kWarps; x++) {
-      sums = shared_.sums[x];
-      linear += sums[0], curvature += sums[1], norm += sums[2], residual = larger(residual, sums[3]);
-    }
-    if (me.thread == 0) {
-      const double a = shared_.a, furthest = reach(),
-                   tau = furthest > a ? a / furthest : 1.0;  // tau e is dual feasible
-      const double variance = s[shared_.target], err2 = variance - linear - curvature;
-      const double worst = larger(0.0, larger(residual, furthest - a));
-      shared_.info[kErr2] = err2;
-      shared_.info[kDualityGap] = err2 + 2 * a * norm - tau * (2 * (variance - linear) - tau * err2);
-      shared_.info[kKktViolation] = shared_.top > 0 ? worst * shared_.inverse_top : 0.0;
-    }
+    for (int x = 0; x < kWarps; x++) residual = larger(residual, shared_.sums[x].residual);
     return residual;
   }
 
-  __device__ __forceinline__ int status(bool capped) const {
-    if (capped) return kCapped;
-    if (shared_.info[kErr2] < -1e-3 * static_cast<double>(row(shared_.target)[shared_.target])) return kNotPsd;
-    if (shared_.info[kKktViolation] <= args_.tol) return kConverged;
-    return shared_.indefinite ? kNotPsd : kCollinear;
+  // From what `measure` left; by one thread.
+  __device__ __forceinline__ void certify(double* info, bool capped) const {
+    Sums sums = {0, 0, 0, 0};
+    for (int x = 0; x < kWarps; x++) {
+      const Sums& part = shared_.sums[x];
+      sums = {sums.linear + part.linear, sums.curvature + part.curvature, sums.norm + part.norm,
+              larger(sums.residual, part.residual)};
+    }
+    const double variance = row(shared_.target)[shared_.target], err2 = variance - sums.linear - sums.curvature;
+    const double a = shared_.a, furthest = reach(), tau = furthest > a ? a / furthest : 1.0;  // tau e is dual feasible
+    const double violation = shared_.top > 0 ? larger(sums.residual, furthest - a) * shared_.inverse_top : 0.0;
+    info[kErr2] = err2;
+    info[kDualityGap] = err2 + 2 * a * sums.norm - tau * (2 * (variance - sums.linear) - tau * err2);
+    info[kKktViolation] = larger(violation, 0.0);
+    info[kPivots] = shared_.pivots;
+    info[kLambdaMax] = 2 * shared_.top;
+    if (capped)
+      info[kStatus] = kCapped;
+    else if (err2 < -1e-3 * variance)
+      info[kStatus] = kNotPsd;
+    else if (violation <= args_.tol)
+      info[kStatus] = kConverged;
+    else
+      info[kStatus] = shared_.indefinite ? kNotPsd : kCollinear;
   }
 
-  // Support by increasing index, and what `measure` found.
+  // Support by increasing index, and the certificate.
   __device__ __forceinline__ void report(int t, bool capped) const {
     const Me me;
     const int* index = active().index(side_);
@@ -975,13 +984,7 @@ class Solver {
     }
     __syncthreads();
     if (me.thread != 0) return;
-    double* info = args_.info + static_cast<int64_t>(t) * kInfoSize;
-    info[kErr2] = shared_.info[kErr2];
-    info[kDualityGap] = shared_.info[kDualityGap];
-    info[kKktViolation] = shared_.info[kKktViolation];
-    info[kPivots] = shared_.pivots;
-    info[kStatus] = cut ? kCapped : status(capped);
-    info[kLambdaMax] = 2 * shared_.top;
+    certify(args_.info + static_cast<int64_t>(t) * kInfoSize, capped || cut);
     args_.count[t] = static_cast<int32_t>(count);
     release(shared_.lock);
   }

@@ -302,10 +302,6 @@ def _fake_moments(x: Tensor, weights: Tensor | None) -> Moments:
     )
 
 
-_library = torch.library.Library("neuraldeps", "FRAGMENT")
-
-
-@torch.library.impl("neuraldeps::centered_moments", "CUDA", lib=_library)
 def _centered_moments_on_cuda(x: Tensor, weights: Tensor | None) -> Moments:
     try:
         from neuraldeps_kernels.triton import covariance as kernels
@@ -384,6 +380,8 @@ def _vmap_rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[
     return _fold_batch(torch.ops.neuraldeps.centered_moments, info, in_dims, *args)
 
 
+_library = torch.library.Library("neuraldeps", "IMPL")  # the registration lives as long as this object
+_library.impl("centered_moments", _centered_moments_on_cuda, "CUDA")
 torch.library.register_fake("neuraldeps::centered_moments", _fake_moments)
 torch.library.register_autograd("neuraldeps::centered_moments", _gradient, setup_context=_setup_context)
 torch.library.register_vmap("neuraldeps::centered_moments", _vmap_rule)

@@ -30,7 +30,6 @@ _log = logging.getLogger("neuraldeps_kernels")
 STATUS_NAMES = ("converged", "capped", "collinear", "not_psd")
 _INFO_FIELDS = ("err2", "duality_gap", "kkt_violation", "n_pivots", "status", "lambda_max")
 _CHUNK = 1 << 24  # padded coefficients held at once
-_PROBE = 16  # targets solved first
 
 Scalar = float | int
 
@@ -201,12 +200,12 @@ def covlasso(
         top: Tensor = _LambdaMax.apply(cov, indices, penalty)  # type: ignore[no-untyped-call]
         lams = _per_target("lam_ratio", lam_ratio, num_targets, cov) * top
 
-    rows = _chunks(num_targets, n)
-    parts: list[_Compact] = []
     capacity = max(n - 1, 1)
-    for r in rows:
-        parts.append(_solve_compact(cov, indices[r], lams[r], _rows(penalty, r), tol, pivots, capacity))
-        capacity = min(max(n - 1, 1), 2 * max(int(part[2].max()) for part in parts) + 32)
+    chunk = max(1, _CHUNK // capacity)
+    parts = []
+    for t in range(0, num_targets, chunk):
+        rows = slice(t, t + chunk)
+        parts.append(_solve_compact(cov, indices[rows], lams[rows], _rows(penalty, rows), tol, pivots, capacity))
     return _solution(cov, indices, lams, parts)
 
 
@@ -316,12 +315,6 @@ def _penalty(cov: Tensor, targets: Tensor, candidates: Tensor | None, penalty_fa
 # ------------------------------------------------------------------------------------------------ solving
 
 
-def _chunks(num_targets: int, n: int) -> list[slice]:
-    """Targets solved together: a few first, whose supports tell what room the others need, then what memory allows."""
-    starts = [0, *range(min(_PROBE, num_targets), num_targets, max(_PROBE, _CHUNK // n))]
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], num_targets], strict=True) if a < b]
-
-
 def _rows(penalty: Tensor | None, rows: slice) -> Tensor | None:
     return penalty if penalty is None or penalty.dim() == 1 else penalty[rows]
 
@@ -332,11 +325,8 @@ _Compact = tuple[Tensor, Tensor, Tensor, Tensor]
 def _solve_compact(
     cov: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None, tol: float, max_pivots: int, capacity: int
 ) -> _Compact:
-    """Column [nnz], value [nnz], count [T] and info [T, 6] of a chunk of targets; solved again where room runs out."""
-    full = max(cov.shape[0] - 1, 1)
+    """Column [nnz], value [nnz], count [T] and info [T, 6] of a chunk of targets."""
     value, index, count, info = solve_targets(cov, targets, lam, penalty, tol, max_pivots, capacity)
-    if capacity < full and bool((count == capacity).any()):
-        return _solve_compact(cov, targets, lam, penalty, tol, max_pivots, full)
     count = count.long()
     end = count.cumsum(0)
     row_start = torch.arange(len(count), device=count.device) * capacity - (end - count)
