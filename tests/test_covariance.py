@@ -7,6 +7,7 @@ import io
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from torch.func import grad, jacrev, vmap
 
 import neuraldeps_kernels as nk
+import neuraldeps_kernels.triton
+from neuraldeps_kernels.ops import covariance as ops
 from neuraldeps_kernels.ops.covariance import centered_moments
 from neuraldeps_kernels.reference import covariance as reference
 
@@ -391,6 +394,16 @@ def test_compile_and_autocast() -> None:
         value.backward()
     assert torch.equal(value, results[0][0])
     torch.testing.assert_close(x.grad, results[0][1])
+
+
+def test_cuda_tensors_without_triton_take_the_reference(monkeypatch, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "neuraldeps_kernels.triton.covariance", None)
+    monkeypatch.delattr(neuraldeps_kernels.triton, "covariance", raising=False)
+    x = rows_of((2, 9, 3))
+    with caplog.at_level("DEBUG", "neuraldeps_kernels"):
+        got = ops._centered_moments_on_cuda(x, None)
+    torch.testing.assert_close(got, reference.centered_moments(x), rtol=0, atol=0)
+    assert "covariance runs on the plain PyTorch reference" in caplog.text
 
 
 def test_meta_tensors_give_shapes() -> None:

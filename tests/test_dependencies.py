@@ -1,4 +1,4 @@
-"""analysis.find_dependencies and its report, against planted dependencies, definitions written as loops, and scikit-learn."""
+"""find_dependencies and its report against planted dependencies, definitions written as loops, and scikit-learn."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_roc_auc_is_that_of_scikit_learn(score: Tensor, positive: list[bool]) ->
 
 
 def test_metrics_are_their_definitions() -> None:
-    """Every field against a loop over targets that writes the definition down, labels and predictions being arbitrary."""
+    """Every field against its definition written down for one target; labels and predictions are arbitrary."""
     samples, n, targets = 90, 7, torch.tensor([4, 0, 6])
     f = 2 * normal(samples, n, seed=8)
     f[5, 4] = 1e-9  # left out of relative errors
@@ -413,7 +413,7 @@ def test_table_shows_names_numbers_and_strongest_terms(report: DependencyReport)
     (first, value), (second, _) = report.dependencies(0, 2)
     assert f"{value:+.2f} class, {first}" in text
     assert f"class, {second}" in text
-    assert "120 groups" in text
+    assert "240 held-out samples of 120 groups" in " ".join(text.split())
 
 
 def test_error_curve_passes_through_the_report_and_falls(report: DependencyReport) -> None:

@@ -192,17 +192,20 @@ void add_row(double* sum, const In* row, const In* first, T weight, int64_t n) {
   if (c < n) add_to(sum + c, weight * (load_part_as<T>(row + c, n - c) - load_part_as<T>(first + c, n - c)));
 }
 
-// Sets W and the pivot: the weighted mean of about kPivotRows rows of positive weight, evenly spread. It is taken
+// Sets W and the pivot: the weighted mean of at most kPivotRows rows of positive weight, evenly spread. It is taken
 // relative to the first of them: a constant column is its own pivot exactly, and its variance exactly 0.
 template <class T, class In>
 void start(const MomentsArgs& args) {
   const Layout<T> at(args);
-  const auto weight_of = [&](int64_t r) { return args.weights ? args.weights[r] : 1.0; };
   double weight_sum = 0;
   int64_t used = 0;
-  for (int64_t r = 0; r < args.rows; r++) {
-    weight_sum += weight_of(r);
-    used += weight_of(r) != 0;
+  for (int64_t r = 0; args.weights && r < args.rows; r++) {
+    weight_sum += args.weights[r];
+    used += args.weights[r] != 0;
+  }
+  if (!args.weights) {
+    weight_sum = static_cast<double>(args.rows);
+    used = args.rows;
   }
   *args.weight_sum = weight_sum;
 
@@ -213,12 +216,14 @@ void start(const MomentsArgs& args) {
   const In* first = nullptr;
   const int64_t step = ceil_div(used, kPivotRows);
   double taken = 0;
-  for (int64_t r = 0, seen = 0; r < args.rows; r++) {
-    if (weight_of(r) == 0 || seen++ % step) continue;
+  for (int64_t r = 0, skip = 0; r < args.rows; r++) {
+    const double weight = args.weights ? args.weights[r] : 1;
+    if (weight == 0 || skip-- > 0) continue;
+    skip = step - 1;
     const In* row = static_cast<const In*>(args.x) + r * args.row_stride;
     if (!first) first = row;
-    add_row<T>(sum, row, first, static_cast<T>(weight_of(r)), args.n);
-    taken += weight_of(r);
+    add_row<T>(sum, row, first, static_cast<T>(weight), args.n);
+    taken += weight;
   }
   if (!first) return;
   constexpr int W = Vec<T>::W;

@@ -26,7 +26,7 @@
 // coordinates, 27.5 KB in float32 for n <= 1024. A larger support moves, doubling, to slices of the workspace. Slices
 // of one size form a pool under locks; a block takes them in rising order only, so that no two wait for each other.
 // Determinism: sums in a fixed order, violators ranked by (violation, index); nothing depends on which block, slice or
-// warp came first. Limits: n < 2^30.
+// warp came first. Limits: n < 2^27.
 #include "neuraldeps/cuda_api.h"
 #include "neuraldeps/device.hpp"
 
@@ -205,7 +205,8 @@ template <class T>
 struct Arguments {
   const T* cov;
   int n;
-  int64_t ld;
+  int row_bytes;  // of S
+
   const int64_t* targets;
   const double* lam;
   int num_targets;
@@ -363,14 +364,7 @@ __device__ __forceinline__ void forward_block(const T* panel, int b, const T* r,
 template <class T>
 class Solver {
  public:
-  __device__ __forceinline__ Solver(const Arguments<T>& args, unsigned char* memory, Scratch<T>& scratch)
-      : args_(args), memory_(memory), shared_(scratch) {
-    const bool room = args.n <= kSharedColumns;
-    if (threadIdx.x == 0)
-      shared_.columns = {
-          room ? memory + Active<T>::bytes(kSharedSupport<T>) : args.columns + blockIdx.x * Columns<T>::bytes(args.n),
-          static_cast<int>(Columns<T>::padded(args.n))};
-  }
+  __device__ __forceinline__ Solver(const Arguments<T>& args, Scratch<T>& scratch) : args_(args), shared_(scratch) {}
 
   // Target number t of the call: writes its rows of the outputs.
   __device__ __forceinline__ void solve(int t) {
@@ -414,7 +408,12 @@ class Solver {
     int total, last;
   };
 
-  __device__ __forceinline__ const T* row(int j) const { return args_.cov + args_.ld * j; }
+  // Row j of a matrix with the strides of S.
+  __device__ __forceinline__ const T* row(int j, const T* matrix) const {
+    const int64_t bytes = static_cast<int64_t>(args_.row_bytes) * j;
+    return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(matrix) + bytes);
+  }
+  __device__ __forceinline__ const T* row(int j) const { return row(j, args_.cov); }
   __device__ __forceinline__ double penalty(int j) const {
     return shared_.penalty ? static_cast<double>(shared_.penalty[j]) : 1.0;
   }
@@ -425,12 +424,16 @@ class Solver {
   }
 
   __device__ __forceinline__ void start(int t) {
+    ND_DYNAMIC_SHARED(unsigned char, memory);  // the smallest active set, then the columns
     const Me me;
     const int target = static_cast<int>(args_.targets[t]);
     const T* factors = args_.penalty ? args_.penalty + args_.penalty_stride * t : nullptr;
     k_ = side_ = 0;
+    const Columns<T> columns = {args_.n > kSharedColumns ? args_.columns + blockIdx.x * Columns<T>::bytes(args_.n)
+                                                         : memory + Active<T>::bytes(kSharedSupport<T>),
+                                static_cast<int>(Columns<T>::padded(args_.n))};
+    for (int x = me.thread; x < (args_.n + 31) / 32; x += kThreads) columns.member()[x] = 0;
 
-    for (int x = me.thread; x < (args_.n + 31) / 32; x += kThreads) shared_.columns.member()[x] = 0;
     T top = 0;
     for (int j = me.thread; j < args_.n; j += kThreads) {
       const T rho = magnitude(row(target)[j]);
@@ -445,7 +448,8 @@ class Solver {
       shared_.a = 0.5 * args_.lam[t];
       shared_.top = reach();
       shared_.inverse_top = 1 / shared_.top;
-      shared_.active[0] = Active<T>::at(memory_, kSharedSupport<T>);
+      shared_.columns = columns;
+      shared_.active[0] = Active<T>::at(memory, kSharedSupport<T>);
       shared_.lock = -1;
       shared_.step = shared_.pivots = shared_.refinements = shared_.dependent = 0;
       shared_.small = shared_.guarded = shared_.anchored = shared_.indefinite = false;
@@ -484,7 +488,7 @@ class Solver {
     int listed = 0;
     for (int first = 0; first < args_.n; first += kPieces<Real> * kPiece<T>) {
       const int j0 = first + me.thread * kVector<T>;
-      Real rho[kHeld] = {};
+      Real rho[kHeld];
       combine_rows(rho, j0, padded_k);
       unsigned negative = 0;
       const unsigned hits = violators(rho, j0, static_cast<Real>(bar), &negative, &furthest);
@@ -517,29 +521,33 @@ class Solver {
     return x % kVector<T> + x / kVector<T> * kPiece<T>;
   }
 
-  // rho = s - S w in the thread's columns; w and its index are padded to kRows.
+  // rho = s - S w in the thread's columns; w and its index are padded to kRows. Beyond column n it is that of column 0.
   template <class Real>
   __device__ __forceinline__ void combine_rows(Real* rho, int j0, int padded_k) const {
+    constexpr int V = kVector<T>, P = kPieces<Real>;
     const int* index = active().index(side_);
     const T* w = active().w();
-    add_row(rho, shared_.target, j0, Real(1));
-    for (int e = 0; e < padded_k; e += kRows) {
-      const Pack<int, kRows> j = load<kRows>(index + e);
-      const Pack<T, kRows> c = load<kRows>(w + e);
+    const T* piece[P];
+    Pack<T, V> x[kRows][P];
 #pragma unroll
-      for (int x = 0; x < kRows; x++) add_row(rho, j.v[x], j0, -static_cast<Real>(c.v[x]));
+    for (int p = 0; p < P; p++) {
+      const int j = j0 + p * kPiece<T>;
+      piece[p] = args_.cov + (j < args_.n ? j : 0);
+      x[0][p] = load<V>(row(shared_.target, piece[p]));
+#pragma unroll
+      for (int v = 0; v < V; v++) rho[p * V + v] = static_cast<Real>(x[0][p].v[v]);
     }
-  }
-
-  template <class Real>
-  __device__ __forceinline__ void add_row(Real* rho, int j, int j0, Real factor) const {
-    const T* r = row(j) + j0;
+    for (const T* end = w + padded_k; w != end; w += kRows, index += kRows) {
+      const Pack<int, kRows> j = load<kRows>(index);
 #pragma unroll
-    for (int p = 0; p < kPieces<Real>; p++) {
-      if (j0 + p * kPiece<T> >= args_.n) continue;
-      const Pack<T, kVector<T>> x = load<kVector<T>>(r + p * kPiece<T>);
+      for (int i = 0; i < kRows * P; i++) x[i / P][i % P] = load<V>(row(j.v[i / P], piece[i % P]));
+      __syncwarp();
+      const Pack<T, kRows> c = load<kRows>(w);
 #pragma unroll
-      for (int v = 0; v < kVector<T>; v++) rho[p * kVector<T> + v] += factor * static_cast<Real>(x.v[v]);
+      for (int i = 0; i < kRows * P; i++)
+#pragma unroll
+        for (int v = 0; v < V; v++)
+          rho[i % P * V + v] -= static_cast<Real>(c.v[i / P]) * static_cast<Real>(x[i / P][i % P].v[v]);
     }
   }
 
@@ -990,7 +998,7 @@ class Solver {
   }
 
   const Arguments<T>& args_;
-  unsigned char* const memory_;  // dynamic shared memory: the smallest active set, then the columns
+
   Scratch<T>& shared_;
   int k_, side_;  // |A|, and the side in use of what is kept twice
 };
@@ -998,9 +1006,8 @@ class Solver {
 // Targets from a queue, until it is empty.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>) solve_targets(const Arguments<T> args) {
-  ND_DYNAMIC_SHARED(unsigned char, memory);
   __shared__ Scratch<T> scratch;
-  Solver<T> solver(args, memory, scratch);
+  Solver<T> solver(args, scratch);
   for (;;) {
     if (threadIdx.x == 0) scratch.task = atomicAdd(args.counters, 1);
     __syncthreads();
@@ -1011,12 +1018,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>) solve_targets(const
 }
 
 template <class T>
-int launch(Arguments<T> args, int64_t n, int64_t num_targets, unsigned char* workspace, void* stream) {
+int launch(Arguments<T> args, int64_t n, int64_t ld, int64_t num_targets, unsigned char* workspace, void* stream) {
   if (num_targets == 0) return cudaSuccess;
-  if (n < 1 || n >= int64_t{1} << 30 || num_targets < 0 || num_targets > INT32_MAX || args.capacity < 0)
+  if (n < 1 || n >= int64_t{1} << 27 || ld < n || ld >= int64_t{1} << 28 || num_targets < 0 ||
+      num_targets > INT32_MAX || args.capacity < 0)
     return cudaErrorInvalidValue;
   const Plan p = plan<T>(n, num_targets);
   args.n = static_cast<int>(n);
+  args.row_bytes = static_cast<int>(ld * sizeof(T));
   args.num_targets = static_cast<int>(num_targets);
   args.counters = reinterpret_cast<int*>(workspace);
   args.columns = workspace + p.counters;
@@ -1050,16 +1059,16 @@ extern "C" int nd_covlasso_f32(const float* cov, int64_t n, int64_t ld, const in
                                int64_t num_targets, const float* penalty, int64_t penalty_stride, double tol,
                                int64_t max_pivots, int32_t* index, float* value, int64_t capacity, int32_t* count,
                                double* info, void* workspace, void* stream) {
-  return nd::covlasso::launch<float>({cov, 0, ld, targets, lam, 0, penalty, penalty_stride, tol, max_pivots, index,
+  return nd::covlasso::launch<float>({cov, 0, 0, targets, lam, 0, penalty, penalty_stride, tol, max_pivots, index,
                                       value, capacity, count, info, nullptr, nullptr, nullptr},
-                                     n, num_targets, static_cast<unsigned char*>(workspace), stream);
+                                     n, ld, num_targets, static_cast<unsigned char*>(workspace), stream);
 }
 
 extern "C" int nd_covlasso_f64(const double* cov, int64_t n, int64_t ld, const int64_t* targets, const double* lam,
                                int64_t num_targets, const double* penalty, int64_t penalty_stride, double tol,
                                int64_t max_pivots, int32_t* index, double* value, int64_t capacity, int32_t* count,
                                double* info, void* workspace, void* stream) {
-  return nd::covlasso::launch<double>({cov, 0, ld, targets, lam, 0, penalty, penalty_stride, tol, max_pivots, index,
+  return nd::covlasso::launch<double>({cov, 0, 0, targets, lam, 0, penalty, penalty_stride, tol, max_pivots, index,
                                        value, capacity, count, info, nullptr, nullptr, nullptr},
-                                      n, num_targets, static_cast<unsigned char*>(workspace), stream);
+                                      n, ld, num_targets, static_cast<unsigned char*>(workspace), stream);
 }

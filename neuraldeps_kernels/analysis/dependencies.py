@@ -378,7 +378,7 @@ class DependencyReport:
         assert self.held_out is not None
         number, groups = int(self.metrics.positives[row]), int(self.metrics.positive_groups[row])
         name = self.held_out.group_name
-        return f"{number} in {groups} {name}{'s' if groups > 1 else ''}" if name else str(number)
+        return f"{number} in {groups} {name}{'s' if groups != 1 else ''}" if name else str(number)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         """A dict a target."""

@@ -164,18 +164,18 @@ def _print(measured: Measured, reports: dict[str, DependencyReport]) -> None:
 def curve_table(name: str, report: DependencyReport) -> Table:
     """The error curve of a report: penalised and refitted coefficients side by side."""
     table = Table(title=f"[bold]{name}[/]: held-out quality along the penalty", title_justify="left", title_style="")
-    columns = ("lam / lambda_max", "k", "R fit", "R held out", "R of occurring", "precision", "recall", "top 5", "AUC")
+    columns = ("ratio", "k", "R fit", "R held out", "R occurring", "precision", "recall", "top 5", "AUC")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     points = iter(report.error_curve)
     for plain, refit in zip(points, points, strict=True):
         fields = ("residual_ratio_fit", "residual_ratio", "residual_ratio_of_occurring")
-        pairs = [f"{getattr(plain, field):.2f}, {getattr(refit, field):.2f}" for field in fields]
+        pairs = [f"{getattr(plain, field):.2f} {getattr(refit, field):.2f}" for field in fields]
         rates = [_rate(getattr(refit, field)) for field in ("precision", "recall", "top5", "auc")]
         table.add_row(f"{plain.lam_ratio:g}", f"{plain.support:.0f}", *pairs, *rates)
     number = "" if report.metrics is None else f" ({int((report.metrics.positives > 0).sum())} categories)"
     table.caption = (
-        "k and R: medians over all categories; R = residual / variance, of CovLasso, then of least squares on its "
+        "Ratio: penalty / lambda_max. k and R: medians over all categories; R = residual / variance, of CovLasso, then of least squares on its "
         "support. "
         f"Occurring: categories that the network sees in a held-out crop{number}. "
         "Rates: its argmax against the original one with a single logit replaced by the least-squares dependency."
