@@ -133,9 +133,9 @@ void drive_covariance(int64_t rows, int64_t n, Element element, bool weighted) {
 int main() {
 #if defined(ND_DRIVE_COVARIANCE)
   const Element elements[] = {{Dtype::kFloat32, 4}, {Dtype::kFloat64, 8}, {Dtype::kBfloat16, 2}, {Dtype::kFloat16, 2}};
-  // Rows around the row group 8 and the block 256; columns around registers, panels (48) and tiles (96).
-  const int64_t shapes[][2] = {{0, 1},    {1, 1},   {2, 15},   {9, 16},   {3, 17},  {255, 47},
-                               {256, 49}, {257, 5}, {600, 33}, {300, 95}, {17, 97}, {40, 193}};
+  // Rows around the row group 8 and the block 384; columns around registers, panels (48) and tiles (96).
+  const int64_t shapes[][2] = {{0, 1},    {1, 1},   {2, 15},   {9, 16},   {3, 17},  {383, 47},
+                               {384, 49}, {385, 5}, {900, 33}, {400, 95}, {17, 97}, {40, 193}};
   for (const auto& shape : shapes) {
     for (const Element& element : elements) {
       for (const bool weighted : {false, true}) drive_covariance(shape[0], shape[1], element, weighted);

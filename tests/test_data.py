@@ -220,6 +220,16 @@ def test_crops_are_deterministic_and_shared_by_sizes(tmp_path: Path) -> None:
     assert torch.equal(first[0][0], centre)
 
 
+def test_half_of_the_crops_are_mirrored(tmp_path: Path) -> None:
+    image = photograph(64, 48)
+    image.save(tmp_path / "a.png")
+    boxes = crop_boxes("a", (64, 48), 40)
+    assert 10 <= sum(mirror for _, mirror in boxes) <= 30
+    for (box, mirror), (view,) in zip(boxes, crops(Picture("a", tmp_path / "a.png"), 40, (16,)), strict=True):
+        expected = network_input(image.crop(box), 16)
+        torch.testing.assert_close(view.flip(2) if mirror else view, expected, atol=0.02, rtol=0)
+
+
 def test_network_input_is_the_preprocessing_of_the_networks() -> None:
     image = Image.new("RGB", (50, 40), (255, 127, 0))
     expected = torch.tensor([1.0, 0.0, -127 / 128])[:, None, None].expand(3, 8, 8)

@@ -249,8 +249,8 @@ def test_metrics_are_their_definitions() -> None:
     samples, n, targets = 90, 7, torch.tensor([4, 0, 6])
     f = 2 * normal(samples, n, seed=8)
     f[5, 4] = 1e-9  # left out of relative errors
-    f[:, 6] += 20  # nearly always the argmax: the others' softmax sum must not cancel
-    y = torch.randint(6, (samples,), generator=torch.Generator().manual_seed(9))  # no positives of category 6
+    f[:, 6] += 9  # nearly always the argmax: the others' softmax sum must not cancel
+    y = 1 + torch.randint(6, (samples,), generator=torch.Generator().manual_seed(9))  # no positives of category 0
     groups = torch.arange(samples) // 4
     fhat = f[:, targets] + normal(samples, 3, seed=10)
     metrics = Samples(f, y, groups).metrics(fhat, targets)
@@ -391,6 +391,22 @@ def test_pooled_rates_count_samples(report: DependencyReport) -> None:
     assert summary["top5"] == pytest.approx(top5 / len(y))
     replaced = report.replace_logits(f)
     assert summary["top1_all_replaced"] == pytest.approx((replaced.argmax(1) == y).double().mean().item())
+
+
+def test_bootstrap_error_is_that_of_drawing_groups_again(report: DependencyReport) -> None:
+    """Against resampling written out sample by sample with another generator."""
+    assert report.held_out is not None
+    held_out = report.held_out
+    fhat = report.replace_logits(held_out.logits)
+    generator = np.random.default_rng(1)
+    medians = []
+    for _ in range(400):
+        drawn = generator.choice(held_out.groups.unique().numpy(), held_out.num_groups)
+        rows = np.concatenate([np.flatnonzero(held_out.groups.numpy() == group) for group in drawn])
+        f = held_out.logits[rows].numpy()
+        medians.append(np.median(((fhat[rows].numpy() - f) ** 2).mean(0) / f.var(0)))
+    assert report.residual_ratio_error == pytest.approx(np.std(medians), rel=0.15)
+    assert report.summary()["residual_ratio_median_error"] == report.residual_ratio_error
 
 
 def test_csv_holds_every_coefficient(report: DependencyReport, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@
 namespace nd::cpu::ND_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kBlockRows = 256;                // rows summed in T before the flush into float64
+constexpr int64_t kBlockRows = 384;                // rows summed in T before the flush into float64
 constexpr int64_t kTile = 96;                      // columns of a task's tile; a multiple of every P below
 constexpr int64_t kChunkBytes = int64_t{2} << 20;  // aim for one packed chunk
 constexpr int64_t kPivotRows = 64;

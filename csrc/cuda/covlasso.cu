@@ -5,28 +5,34 @@
 // which is  Theta' S Theta + lam sum_j penalty_j |Theta_j|  with Theta_i = -1, halved. With rho = s - S w, w is optimal
 // iff rho_j = a_j sign(w_j) on the support and |rho_j| <= a_j elsewhere. Violations are measured per unit of penalty.
 //
-// Method: block active set, that is semismooth Newton with a growth limit, as in csrc/cpu/covlasso.cpp.
-//   1. w = inv(S_AA) (s_A - a_A sign_A) through a blocked Cholesky factor of S_AA;
+// Method: block active set, that is semismooth Newton with a growth limit.
+//   1. w = inv(S_AA) (s_A - a_A sign_A) through a blocked Cholesky factor of S_AA. A coordinate that depends on those
+//      before it is left out: its w is 0, and it counts as flipped;
 //   2. one pass over the k rows of S in A: rho is never stored, its violators go to a list;
 //   3. at once: drop every coordinate whose sign flipped and add the worst violators, max(8, k/3) rounded up to a full
 //      block; only blocks from the first changed one are factored again, survivors behind it ordered by falling |w|;
 //   4. no flip and no violator: the pass once more in float64. It is the certificate, or finds what float32 hid. A
 //      residual on A above tolerance is refined.
-// After 60 steps single pivots up to the first sign change guard termination. No cap on the support.
+// After 60 steps, or 10 that left coordinates out, single pivots: w moves up to the first sign change, which is
+// dropped, else the worst violator enters. If that depends on A, w moves along the null direction, until it takes the
+// place of another coordinate. The objective falls at each. No cap on the support; S may be singular.
 //
 // Floor per target: the certifying pass, n k values of S out of L2, and k^3 / 6 multiply-adds. n = 1000, k = 25, 1000
 // targets, float32: 0.1 GB. A solve reads 0.4 to 0.5 MB: passes over the growing supports, the float64 one, and gathers
-// of 32-byte sectors. Its time is a chain of waits: a step has 3 + 4 ceil(k/16) block barriers, 16 pivots a factored
-// block and ceil(k/4) loads of rows. What counts is therefore the number of targets an SM holds.
+// of 32-byte sectors. Its time is a chain of waits: a step has 4 + 3 ceil(k/16) block barriers if few blocks are
+// factored, 16 dependent pivots a factored block, and n / 1024 times k/4 loads of rows. What counts is therefore the
+// number of targets that an SM holds.
 //
 // Threads: 4 warps a block, 8 blocks an SM in float32, 4 in float64. A block takes targets from a queue until it is
 // empty. Pass: 16 bytes a thread, two pieces of a row and four rows at a time. Factor: a warp owns 4 of the 16 columns
 // of a block, so that its triangular solve needs no block barrier; one warp inverts the diagonal block in registers.
-// Memory: shared memory holds the violators of up to 2048 columns and the state of up to 80 (float32) or 64 (float64)
-// coordinates, 27.5 KB in float32 for n <= 1024. A larger support moves, doubling, to slices of the workspace. Slices
+// Registers: the cap of 64 for 8 blocks costs float32 up to 64 bytes of stack. They hold what stays the same between
+// the phases and in the pass in float64; the loops of the float32 pass and of the factor do not touch them. Memory:
+// shared memory holds the violators of up to 2048 columns and the state of up to 80 (float32) or 64 (float64)
+// coordinates, 27.1 KB in float32 for n <= 1024. A larger support moves, doubling, to slices of the workspace. Slices
 // of one size form a pool under locks; a block takes them in rising order only, so that no two wait for each other.
 // Determinism: sums in a fixed order, violators ranked by (violation, index); nothing depends on which block, slice or
-// warp came first. Limits: n < 2^27.
+// warp came first. Limits: n < 2^26.
 #include "neuraldeps/cuda_api.h"
 #include "neuraldeps/device.hpp"
 
@@ -39,7 +45,7 @@ constexpr int kRows = 4;              // rows of S a thread reads at a time
 constexpr int kBins = 32;             // of violations, two an octave; one a lane
 constexpr int kMinAdd = 8;            // a step may always add this many coordinates
 constexpr int kMaxRefinements = 3;
-constexpr int kMaxDependent = 10;                   // steps that left out coordinates, before single pivots
+constexpr int kMaxDependent = 10;                   // steps that leave out coordinates, before single pivots
 constexpr int kMaxBlocks = 1024;                    // of a launch
 constexpr int64_t kPoolBytes = int64_t{128} << 20;  // of the slices of one size
 constexpr double kSafety = 0.85;                    // part of the tolerance at which a violator is taken up
@@ -136,24 +142,25 @@ struct Active {
 
   __device__ __forceinline__ T* panel(int b) const { return panels + panel_offset(b); }
   __device__ __forceinline__ T* inverse(int b) const { return panel(b) + b * W * W; }
-  __device__ __forceinline__ T* y() const { return vectors; }  // inv(R') (s_A - a_A sign_A); before that its right side
-  __device__ __forceinline__ T* rest() const { return vectors + capacity; }        // what a step or a solve works on
-  __device__ __forceinline__ T* defect() const { return vectors + 2 * capacity; }  // rho_A - a_A sign_A
-  __device__ __forceinline__ T* w() const { return vectors + 3 * capacity; }       // coefficients, 0 beyond k
+  // Vectors [capacity]: inv(R') (s_A - a_A sign_A), and its right side before; what a step or a solve works on;
+  // rho_A - a_A sign_A; coefficients, 0 beyond k; their signs; the last point that has them; the columns of S.
+  __device__ __forceinline__ T* y() const { return vectors; }
+  __device__ __forceinline__ T* rest() const { return vectors + capacity; }
+  __device__ __forceinline__ T* defect() const { return vectors + 2 * capacity; }
+  __device__ __forceinline__ T* w() const { return vectors + 3 * capacity; }
   __device__ __forceinline__ T* sign(int side) const { return vectors + (4 + side) * capacity; }
-  __device__ __forceinline__ T* anchor(int side) const {
-    return vectors + (6 + side) * capacity;
-  }  // of the right signs
+  __device__ __forceinline__ T* anchor(int side) const { return vectors + (6 + side) * capacity; }
+
   __device__ __forceinline__ int* index(int side) const {
     return reinterpret_cast<int*>(vectors + 8 * capacity) + side * capacity;
   }
 };
 
-// A size of active set and the slices of the workspace for it. Size 0 is the one in shared memory.
+// The slices of the workspace for active sets of up to `capacity` coordinates; the first is the set in shared memory.
 template <class T>
 struct Pool {
   int64_t capacity = kSharedSupport<T>, slices = 0, bytes = 0;  // bytes of a slice
-  int64_t first_lock = 0, offset = 0;                           // offset of the first slice in bytes
+  int64_t first_lock = 0, offset = 0;                           // of the first slice; offset in bytes
 
   __host__ __device__ Pool next(int64_t n, int64_t num_targets) const {
     Pool p;
@@ -176,16 +183,16 @@ struct Columns {
   static __host__ __device__ constexpr int64_t padded(int64_t n) { return round_up(n, 2 * kPiece<T>); }
   static __host__ __device__ constexpr int64_t bytes(int64_t n) { return padded(n) * 8 + round_up(n, 512) / 8; }
 
-  // Per unit of penalty, relative to lambda_max / 2.
+  // The violation, per unit of penalty and relative to lambda_max / 2, and 2 j + (rho_j < 0) of each.
   __device__ __forceinline__ float* violation() const { return reinterpret_cast<float*>(memory); }
-  __device__ __forceinline__ int* entry() const {
-    return reinterpret_cast<int*>(memory) + length;
-  }  // 2 j + (rho_j < 0)
+  __device__ __forceinline__ int* entry() const { return reinterpret_cast<int*>(memory) + length; }
+
   __device__ __forceinline__ unsigned* member() const { return reinterpret_cast<unsigned*>(memory) + 2 * length; }
   __device__ __forceinline__ int part() const { return length / kWarps; }  // a warp's
 };
 
-struct Plan {  // of the workspace: locks and queue, columns of every block, slices of every size
+// Bytes of the workspace: queue and locks, columns of every block, and with the slices of every size all of it.
+struct Plan {
   int64_t counters, columns, total;
 };
 
@@ -206,7 +213,6 @@ struct Arguments {
   const T* cov;
   int n;
   int row_bytes;  // of S
-
   const int64_t* targets;
   const double* lam;
   int num_targets;
@@ -224,7 +230,7 @@ struct Arguments {
   unsigned char* slices;
 };
 
-// Of a certificate: s'w, rho'w, sum_j penalty_j |w_j|, largest violation on the support.
+// Of a certificate: s'w, rho'w, sum_j penalty_j |w_j|, largest violation on the support per unit of penalty.
 struct Sums {
   double linear, curvature, norm, residual;
 };
@@ -248,6 +254,7 @@ struct Scratch {
   int dependent;           // steps that left out a coordinate
   bool small, indefinite;  // was a pivot of this step below the floor, one of any step clearly negative?
   bool guarded, anchored;  // single pivots; and their starting point is there
+  T raise;                 // guarded, as a number
 };
 
 // ------------------------------------------------------------------------------------------------------- warp products
@@ -303,32 +310,32 @@ struct Pivots {
 };
 
 // tile := inverse of the upper triangular Cholesky factor of the symmetric tile [16, 16], by one warp: elimination of
-// [tile | identity], a lane a column. A pivot below a floor, relative to diagonal[q], is raised to it or, without
-// `raise`, its row and column are left out: zeros in the inverse, so that nothing of its rounding errors spreads. Rows
-// and columns from `filled` on are those of the identity.
+// [tile | identity], a lane a column. A pivot below a floor, relative to diagonal[q], is raised where raise = 1;
+// where raise = 0, its row and column are left out: zeros in the inverse, so that none of its rounding errors spread.
+// Rows and columns from `filled` on are those of the identity.
 template <class T>
-__device__ __forceinline__ Pivots invert_factor(T* tile, const T* diagonal, int filled, bool raise, int lane) {
+__device__ __forceinline__ Pivots invert_factor(T* tile, const T* diagonal, int filled, T raise, int lane) {
   const int c = lane & 15;
   T a[W];
 #pragma unroll
   for (int q = 0; q < W; q++) a[q] = lane < W ? tile[q * W + c] : T(q == c);
   const T d = diagonal[c], floor = d > T(0) ? kPivotFloor<T> * d : T(1);
+
   Pivots pivots = {false, c < filled && !(d > T(0))};
 #pragma unroll
   for (int q = 0; q < W; q++) {
-    if (q < filled) {  // uniform
-      const T pivot = __shfl_sync(kFullWarp, a[q], q), least = __shfl_sync(kFullWarp, floor, q);
-      const bool small = !(pivot > least);
-      pivots.small |= small;
-      pivots.negative |= pivot < -static_cast<T>(kNegativePivot / kPivotFloor<T>) * least;
-      const T lifted = pivot > kLift<T> * least ? pivot : kLift<T> * least;
-      const T root = small && !raise ? T(0) : inverse_root(lifted);
-      const T scaled = a[q] * (root * root);
+    if (q == filled) break;  // uniform
+    const T pivot = __shfl_sync(kFullWarp, a[q], q), least = __shfl_sync(kFullWarp, floor, q);
+    const bool small = !(pivot > least);
+    pivots.small |= small;
+    pivots.negative |= pivot < -static_cast<T>(kNegativePivot / kPivotFloor<T>) * least;
+    const T lifted = pivot > kLift<T> * least ? pivot : kLift<T> * least;
+    const T root = inverse_root(lifted) * (small ? raise : T(1));
+    const T scaled = a[q] * (root * root);
 #pragma unroll
-      for (int e = 1; e < W; e++)
-        if (e > q) a[e] -= __shfl_sync(kFullWarp, a[q], e) * scaled;
-      a[q] *= root;
-    }
+    for (int e = 1; e < W; e++)
+      if (e > q) a[e] -= __shfl_sync(kFullWarp, a[q], e) * scaled;
+    a[q] *= root;
   }
   if (lane >= W) {
 #pragma unroll
@@ -373,27 +380,24 @@ class Solver {
     for (;;) {
       pass(exact);
       __syncthreads();
-
       const Flips flips = count_flips();
       const int wanted = most_additions(k_ - flips.count);
       const Found found = tally(wanted);
-      if (stopped || (flips.count == 0 && found.total == 0)) {
-        if (exact) {
-          const double residual = measure();
-          if (stopped || residual <= 0.5 * args_.tol * shared_.top || shared_.refinements == kMaxRefinements) break;
-          refine();
-        }
-        exact = true;
-        __syncthreads();  // the next pass overwrites the tally
+      const bool solved = flips.count == 0 && found.total == 0;
+      if (!solved && !stopped) {
+        stopped = capped() || shared_.indefinite;
+        if (!stopped) resolve(change(flips, found, wanted));
+        exact = stopped || sizeof(T) == 8;
+        __syncthreads();
         continue;
       }
-      stopped = capped() || shared_.indefinite;
-
-      if (!stopped) {
-        resolve(change(flips, found, wanted));
+      if (exact) {
+        const double residual = measure();
+        if (stopped || residual <= 0.5 * args_.tol * shared_.top || shared_.refinements == kMaxRefinements) break;
+        refine();
       }
-      exact = stopped || sizeof(T) == 8;
-      __syncthreads();
+      exact = true;
+      __syncthreads();  // the next pass overwrites the tally
     }
     report(t, stopped && capped());
   }
@@ -432,9 +436,10 @@ class Solver {
     const Columns<T> columns = {args_.n > kSharedColumns ? args_.columns + blockIdx.x * Columns<T>::bytes(args_.n)
                                                          : memory + Active<T>::bytes(kSharedSupport<T>),
                                 static_cast<int>(Columns<T>::padded(args_.n))};
+#pragma unroll 1
     for (int x = me.thread; x < (args_.n + 31) / 32; x += kThreads) columns.member()[x] = 0;
-
     T top = 0;
+#pragma unroll 1
     for (int j = me.thread; j < args_.n; j += kThreads) {
       const T rho = magnitude(row(target)[j]);
       if (j != target) top = larger(top, factors ? rho / factors[j] : rho);
@@ -453,6 +458,7 @@ class Solver {
       shared_.lock = -1;
       shared_.step = shared_.pivots = shared_.refinements = shared_.dependent = 0;
       shared_.small = shared_.guarded = shared_.anchored = shared_.indefinite = false;
+      shared_.raise = 0;
     }
     __syncthreads();
   }
@@ -541,7 +547,7 @@ class Solver {
       const Pack<int, kRows> j = load<kRows>(index);
 #pragma unroll
       for (int i = 0; i < kRows * P; i++) x[i / P][i % P] = load<V>(row(j.v[i / P], piece[i % P]));
-      __syncwarp();
+      __syncwarp();  // keeps all loads ahead of the sums: one wait, not several
       const Pack<T, kRows> c = load<kRows>(w);
 #pragma unroll
       for (int i = 0; i < kRows * P; i++)
@@ -580,6 +586,7 @@ class Solver {
     const Me me;
     shared_.histogram[me.warp][me.lane] = 0;
     __syncwarp();  // also behind the list
+#pragma unroll 1
     for (int x = me.lane; x < listed; x += 32) atomicAdd(&shared_.histogram[me.warp][bin(violation[x])], 1);
   }
 
@@ -606,6 +613,7 @@ class Solver {
     int* entry = list.entry() + me.warp * list.part();
     const int listed = shared_.listed[me.warp];
     int kept = 0;
+#pragma unroll 1
     for (int first = 0; first < listed; first += 32) {
       const int x = first + me.lane;
       const float v = x < listed ? violation[x] : 0.0f;
@@ -630,6 +638,7 @@ class Solver {
   __device__ __forceinline__ Flips count_flips() const {
     const Me me;
     Flips flips = {0, k_};
+#pragma unroll 1
     for (int e = 0; e < k_; e += 32) {
       const unsigned lanes = __ballot_sync(kFullWarp, e + me.lane < k_ && flipped(e + me.lane));
       if (lanes && flips.count == 0) flips.first = e + __ffs(static_cast<int>(lanes)) - 1;
@@ -685,6 +694,7 @@ class Solver {
     const Me me;
     T least = 2;
     int at = k_;
+#pragma unroll 1
     for (int e = me.lane; e < k_; e += 32) {
       if (!flipped(e)) continue;
       const T from = active().anchor(side_)[e], reach = from / (from - active().w()[e]);
@@ -736,7 +746,8 @@ class Solver {
     for (int x = me.thread; x < block * W; x += kThreads) next.y()[x] = active().y()[x];
   }
 
-  // Survivors to `next`: if any coordinate is dropped, those from `first` on by falling order. Anchors move to w, or
+  // Survivors to `next`, and if any coordinate is dropped, those from `first` on by falling order. Anchors move to w,
+  // or
   // the part of the way that keeps all signs.
   __device__ __forceinline__ void keep_survivors(const Active<T>& next, int first, bool drops, T part) const {
     const Me me;
@@ -805,6 +816,7 @@ class Solver {
       shared_.small = false;
       shared_.anchored = shared_.guarded;
       shared_.guarded = shared_.step >= kGuardAfter || shared_.dependent >= kMaxDependent;
+      shared_.raise = shared_.guarded;
     }
     back(active().y(), active().w());
   }
@@ -856,7 +868,7 @@ class Solver {
     const Me me;
     if (me.warp > 0) return;
     const int filled = k_ - b * W < W ? k_ - b * W : W;
-    const Pivots pivots = invert_factor(active().inverse(b), active().rest() + b * W, filled, shared_.guarded, me.lane);
+    const Pivots pivots = invert_factor(active().inverse(b), active().rest() + b * W, filled, shared_.raise, me.lane);
     if (me.lane == 0) {
       shared_.small |= pivots.small;
       // Without the guard the set may depend on itself, and the sign of a pivot be that of rounding errors.
@@ -982,10 +994,12 @@ class Solver {
       value_row[rank] = w[e];
     }
     int nonzero = 0;  // computed by every warp
+#pragma unroll 1
     for (int e = me.lane; e - me.lane < k_; e += 32)
       nonzero += __popc(__ballot_sync(kFullWarp, e < k_ && w[e] != T(0)));
     const bool cut = nonzero > args_.capacity;
     const int64_t count = cut ? args_.capacity : nonzero;
+#pragma unroll 1
     for (int64_t x = count + me.thread; x < args_.capacity; x += kThreads) {
       index_row[x] = 0;
       value_row[x] = T(0);
@@ -998,7 +1012,6 @@ class Solver {
   }
 
   const Arguments<T>& args_;
-
   Scratch<T>& shared_;
   int k_, side_;  // |A|, and the side in use of what is kept twice
 };
@@ -1020,7 +1033,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>) solve_targets(const
 template <class T>
 int launch(Arguments<T> args, int64_t n, int64_t ld, int64_t num_targets, unsigned char* workspace, void* stream) {
   if (num_targets == 0) return cudaSuccess;
-  if (n < 1 || n >= int64_t{1} << 27 || ld < n || ld >= int64_t{1} << 28 || num_targets < 0 ||
+  if (n < 1 || n >= int64_t{1} << 26 || ld < n || ld >= int64_t{1} << 28 || num_targets < 0 ||
       num_targets > INT32_MAX || args.capacity < 0)
     return cudaErrorInvalidValue;
   const Plan p = plan<T>(n, num_targets);
@@ -1032,7 +1045,8 @@ int launch(Arguments<T> args, int64_t n, int64_t ld, int64_t num_targets, unsign
   args.slices = args.columns + p.columns;
   const auto s = static_cast<cudaStream_t>(stream);
   if (const cudaError_t error = cudaMemsetAsync(args.counters, 0, p.counters, s)) return error;
-  static_assert(Active<T>::bytes(kSharedSupport<T>) + 2048 * 8 + 256 + sizeof(Scratch<T>) <= 48 << 10);
+  static_assert(Active<T>::bytes(kSharedSupport<T>) + Columns<T>::bytes(kSharedColumns) + sizeof(Scratch<T>) <=
+                48 << 10);
   const int64_t shared = Active<T>::bytes(kSharedSupport<T>) + (n > kSharedColumns ? 0 : Columns<T>::bytes(n));
   const int64_t blocks = num_targets < kMaxBlocks ? num_targets : kMaxBlocks;
   ND_LAUNCH(solve_targets<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), static_cast<size_t>(shared), s,

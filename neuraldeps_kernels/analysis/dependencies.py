@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 DEFAULT_LAM_RATIO = 0.1
 CURVE_RATIOS = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 CHUNK_ROWS = 8192  # samples taken together
+BOOTSTRAP_DRAWS = 400
 CHUNK_TARGETS = 256  # predictions held at once: [N, 256]
 
 
@@ -228,6 +229,16 @@ class DependencyReport:
         return float((replaced.max(1).indices == self.held_out.labels).double().mean())
 
     @cached_property
+    def residual_ratio_error(self) -> float:
+        """Standard error of the median held-out R over targets: of a bootstrap that draws the groups with replacement.
+
+        It says how much the median depends on which groups (pictures) were at hand; NaN without held-out samples.
+        """
+        if self.held_out is None:
+            return math.nan
+        return float(_bootstrap_medians(self.statistics, self.coefficients, self.targets, self.held_out).std())
+
+    @cached_property
     def error_curve(self) -> tuple[ErrorCurvePoint, ...]:
         """The same targets at the penalties CURVE_RATIOS of their lambda_max, each without and with the refit."""
         points = []
@@ -287,6 +298,7 @@ class DependencyReport:
                 "held_out_groups": self.held_out.num_groups,
                 "categories_with_positives": int((self.metrics.positives > 0).sum()),
                 "residual_ratio_median": _quantile(self.metrics.residual_ratio, 0.5),
+                "residual_ratio_median_error": self.residual_ratio_error,
                 "residual_ratio_median_of_occurring": _quantile(
                     self.metrics.residual_ratio[self.metrics.positives > 0], 0.5
                 ),
@@ -355,6 +367,10 @@ class DependencyReport:
             table.add_row(self.class_names[target], *cells, ", ".join(terms))
         table.caption = "R = residual / variance (0 = the others tell everything, 1 = nothing)."
         if self.metrics is not None:
+            median = f"{_quantile(self.metrics.residual_ratio, 0.5):.2f} ± {self.residual_ratio_error:.2f}"
+            table.caption += (
+                f" Held out, median of all {len(self.targets)} categories: {median} (bootstrap over {self._unit}s)."
+            )
             table.caption += " AUC, recall, precision, top 5: of y with this logit alone replaced."
         table.caption_justify = "left"
         return table
@@ -372,6 +388,11 @@ class DependencyReport:
     def _first_predictor(self) -> int:
         """Column of `statistics` at which the predicting network begins."""
         return self.statistics.sizes[0] if self.between else 0
+
+    @property
+    def _unit(self) -> str:
+        """What is held out as a whole."""
+        return (self.held_out.group_name if self.held_out is not None else None) or "sample"
 
     def _positives(self, row: int) -> str:
         assert self.metrics is not None
@@ -803,6 +824,25 @@ def _evaluate(
     """Metrics of all targets on the held-out samples."""
     predictions = _predictions(statistics, coefficients, targets, held_out.logits, held_out.predictors)
     return SubstitutionMetrics.concatenated([held_out.samples.metrics(fhat, i) for i, fhat in predictions])
+
+
+def _bootstrap_medians(statistics: LogitStatistics, coefficients: Tensor, targets: Tensor, held_out: HeldOut) -> Tensor:
+    """Median over targets of residual / variance for BOOTSTRAP_DRAWS choices of groups with replacement, float64."""
+    _, group, size = held_out.groups.unique(return_inverse=True, return_counts=True)
+    draws = torch.randint(len(size), (BOOTSTRAP_DRAWS, len(size)), generator=torch.Generator().manual_seed(0))
+    times = torch.zeros(draws.shape, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
+    number = times @ size.double()[:, None]  # [draws, 1] samples
+    ratios = []
+    for i, fhat in _predictions(statistics, coefficients, targets, held_out.logits, held_out.predictors):
+        f = held_out.logits[:, i].double()
+        centred = f - f.mean(0)
+        sums = [
+            times @ torch.zeros(len(size), len(i), dtype=torch.float64).index_add_(0, group, x) / number
+            for x in ((fhat - f).square(), centred, centred.square())
+        ]  # each [draws, t]
+        ratios.append(sums[0] / (sums[2] - sums[1].square()))
+    ratio = torch.cat(ratios, 1)
+    return torch.where(ratio.isfinite(), ratio, math.nan).nanmedian(1).values
 
 
 def _curve_point(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +55,8 @@ def demo(
 
 def _run_networks(folder: Path | None, crops: int) -> Measured:
     """Logits on crops of the packaged pictures, or of those in `folder`."""
+    if importlib.util.find_spec("PIL") is None:
+        raise ValueError('pictures need Pillow: pip install "neuraldeps_kernels[demo]"')
     from neuraldeps_kernels.data.networks import crop_logits, load_network
     from neuraldeps_kernels.data.pictures import folder_pictures, packaged_pictures
 
@@ -175,8 +178,8 @@ def curve_table(name: str, report: DependencyReport) -> Table:
         table.add_row(f"{plain.lam_ratio:g}", f"{plain.support:.0f}", *pairs, *rates)
     number = "" if report.metrics is None else f" ({int((report.metrics.positives > 0).sum())} categories)"
     table.caption = (
-        "Ratio: penalty / lambda_max. k and R: medians over all categories; R = residual / variance, of CovLasso, then of least squares on its "
-        "support. "
+        "Ratio: penalty / lambda_max. k and R: medians over all categories; R = residual / variance, first of "
+        "CovLasso, then of least squares on its support. "
         f"Occurring: categories that the network sees in a held-out crop{number}. "
         "Rates: its argmax against the original one with a single logit replaced by the least-squares dependency."
     )
