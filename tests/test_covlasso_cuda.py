@@ -1,6 +1,6 @@
 """The CUDA CovLasso kernel, emulated, through its C interface: optimal by an independent check, whole, repeatable.
 
-The same cases run on a device in test_covlasso.py (marker gpu); the path of array libraries is tested in test_native.py.
+The same cases run on a device in test_covlasso.py (marker gpu); array libraries are tested in test_native.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cov_factory as make
+import emulation
 import numpy as np
 import pytest
 import torch
@@ -162,3 +163,14 @@ def test_thread_order_and_batch_do_not_matter(solve, dtype, monkeypatch):
         assert torch.equal(again.info, plain.info)
     alone = solve(S, targets[1:2], lam[1:2])
     assert torch.equal(alone.theta[0], plain.theta[1])
+
+
+# 20 by rank 60: regular; 40 by rank 12: dependent categories, single pivots; 90 at 1e-3: beyond shared memory
+@pytest.mark.parametrize("problem", [("20", "0.1", "60"), ("40", "0.01", "12"), ("90", "0.001", "300")], ids=" ".join)
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers(problem, sanitizer):
+    """No access out of bounds, no undefined behaviour, no race between the threads of a block."""
+    sources = [Path(__file__).with_name("covlasso_cuda_driver.cu"), *emulation.CUDA_SOURCES]
+    program = emulation.build_program(sources, sanitizer=sanitizer)
+    result = emulation.run(program, *problem)
+    assert result.returncode == 0, result.stdout + result.stderr
