@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -477,6 +478,15 @@ def test_plots_are_written_and_not_blank(case: str, tmp_path: Path) -> None:
         pixels = np.asarray(Image.open(path).convert("L"))
         assert min(pixels.shape) > 200
         assert pixels.std() > 3
+
+
+def test_cautions_name_few_samples_and_uncertified_targets() -> None:
+    assert find_dependencies(planted_logits(200), held_out=None).cautions() == []
+    few = find_dependencies(planted_logits(30), held_out=None)
+    assert few.cautions() == ["30 samples are few for the covariance of 20 logits: the fit looks better than it is"]
+    assert few.to_dict()["cautions"] == few.cautions()
+    unsolved = dataclasses.replace(few, status=torch.tensor([1, 2, 0] + [0] * 17))
+    assert unsolved.cautions()[1] == "2 targets are not solved to the tolerance (capped, collinear)"
 
 
 def test_notable_categories_occur_in_most_groups() -> None:

@@ -279,6 +279,18 @@ class DependencyReport:
         y = "given labels" if self.held_out.true_labels else "the network's own unmodified argmax"
         return f"{text}; measured on {number} held-out samples {groups}; y: {y}"
 
+    def cautions(self) -> list[str]:
+        """What a reader of the figures must know: too few samples for the covariance, targets without certificate."""
+        found = []
+        count, m = self.statistics.count, len(self.statistics.mean)
+        if count < 2 * m:
+            found.append(f"{count} samples are few for the covariance of {m} logits: the fit looks better than it is")
+        unsolved = int((self.status != 0).sum())
+        if unsolved:
+            names = sorted({STATUS_NAMES[code] for code in self.status.tolist() if code})
+            found.append(f"{unsolved} targets are not solved to the tolerance ({', '.join(names)})")
+        return found
+
     def summary(self) -> dict[str, Any]:
         """Figures over all targets; None where undefined."""
         result: dict[str, Any] = {
@@ -313,6 +325,7 @@ class DependencyReport:
         """Everything but the covariance and the samples, as JSON-able values; NaN becomes None."""
         return {
             "what": self.describe(),
+            "cautions": self.cautions(),
             "settings": {
                 "between_networks": self.between,
                 "exclude_same": self.exclude_same,

@@ -153,10 +153,9 @@ def _print(measured: Measured, reports: dict[str, DependencyReport]) -> None:
     if check["pictures"]:
         rates = ", ".join(f"{name} {check[name]:.2f}" for name in NETWORKS)
         out.print(f"Set-up check, top-1 on the {check['pictures']} labelled pictures: {rates}.")
-    few = reports["lite0"].statistics.count
-    if few < 2 * len(reports["lite0"].class_names):
-        out.print(f"[yellow]{few} crops are few for the covariance of 1000 logits: expect larger errors held out.[/]")
     for name, report in reports.items():
+        for caution in report.cautions():
+            out.print(f"[yellow]{name}: {caution}[/]")
         out.print(curve_table(name, report))
     for name, report in reports.items():
         if not name.endswith("allowed"):

@@ -83,6 +83,8 @@ def deps(
         with output_folder(out, force) as folder:
             write_report(report, folder, {"files": [str(path) for path in files]})
         messages().print(f"wrote {out}", soft_wrap=True)
+    for caution in report.cautions():
+        messages().print(f"[yellow]{caution}[/]")
     if as_json:
         typer.echo(report.to_json())
     else:
