@@ -12,12 +12,12 @@
 //
 // Layout: a chunk of rows is packed as blocks of kBlockRows rows, each block as panels of P = 3 registers of columns:
 // packed[block][panel][row][P]. The micro-kernel keeps NR x P sums in registers and reads one panel row and NR scalars
-// of another panel a step, so one packing serves both factors. Packed chunks stay in the second-level cache. Sums are
+// of another panel a step, so one packing serves both factors. Packed chunks stay in the caches. Sums are
 // the lower triangle, rows j, columns i <= j, mirrored at the end.
 //
-// Threads: packing is split by blocks, products by tiles of kTile x kTile entries. Every entry is summed by one task in
-// row order, whatever the number of threads. Matrices of few tiles are summed in up to 16 slabs of blocks (block number
-// modulo slabs), added in slab order.
+// Threads: packing is split by strips of rows, products by tiles of kTile x kTile entries. Every entry is summed by one
+// task in row order, whatever the number of threads. Matrices of few tiles are summed in up to 16 slabs of blocks
+// (block number modulo slabs), added in slab order.
 //
 // Limits: deviations from the pivot whose squares overflow float32 (beyond about 1e19) give infinities; such data has
 // to come as float64. NaN and infinities in x reach every entry of their column.
@@ -29,12 +29,19 @@
 namespace nd::cpu::ND_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kBlockRows = 384;                // rows summed in T before the flush into float64
-constexpr int64_t kTile = 96;                      // columns of a task's tile; a multiple of every P below
+constexpr int64_t kBlockRows = 384;     // rows summed in T before the flush into float64
+constexpr int64_t kStripsPerBlock = 4;  // a strip is the rows of one packing task
+constexpr int64_t kStripRows = kBlockRows / kStripsPerBlock;
+constexpr int64_t kPackRows = 8;  // rows packed together: their column sums share one conversion to float64
+constexpr int64_t kTile = 96;     // columns of a task's tile; a multiple of every P below
 constexpr int64_t kChunkBytes = int64_t{2} << 20;  // aim for one packed chunk
 constexpr int64_t kPivotRows = 64;
 constexpr int64_t kMinTasks = 16;
-constexpr int kPackRows = 8;  // rows packed together: their column sums share one conversion to float64
+static_assert(kBlockRows % kStripsPerBlock == 0 && kStripRows % kPackRows == 0);
+
+// A result beyond this size comes from memory again for every chunk: larger chunks then, though they fill the caches.
+constexpr int64_t kLargeResultBytes = int64_t{16} << 20;
+constexpr int64_t kLargeResultBlocks = 3;
 
 // Float32 data with a large offset lie on a coarse grid; so do their squares, which then round to one side in a float32
 // sum. A factor off every grid makes that rounding random again. float64 has digits to spare.
@@ -137,7 +144,7 @@ struct Layout {
   int64_t tiles, slabs;  // tiles a side; slabs of blocks
   T* pivot;              // [padded] zero beyond n
   double* sums;          // [slabs, padded] sum_r w_r (x_r - p)
-  double* block_sums;    // [blocks_per_chunk, padded] the same, by block
+  double* strip_sums;    // [strips_per_chunk, padded] the same, by strip
   double* slab_moments;  // [slabs - 1, n, n]; slab 0 sums in the output
   T* packed;             // [blocks_per_chunk, padded / P, kBlockRows, P]
   int64_t bytes;
@@ -149,7 +156,8 @@ struct Layout {
     tiles = ceil_div(n, kTile);
     slabs = larger(1, smaller(blocks, kMinTasks / num_tiles()));
     const int64_t block_bytes = kBlockRows * padded * static_cast<int64_t>(sizeof(T));
-    blocks_per_chunk = larger(1, smaller(blocks, larger(slabs, kChunkBytes / block_bytes)));
+    const int64_t fewest = larger(slabs, n * n * 8 > kLargeResultBytes ? kLargeResultBlocks : 1);
+    blocks_per_chunk = larger(1, smaller(blocks, larger(fewest, kChunkBytes / block_bytes)));
     bytes = 0;
     char* base = static_cast<char*>(args.workspace);
     const auto place = [&]<class U>(U*& pointer, int64_t count) {
@@ -158,12 +166,13 @@ struct Layout {
     };
     place(pivot, padded);
     place(sums, slabs * padded);
-    place(block_sums, blocks_per_chunk * padded);
+    place(strip_sums, strips_per_chunk() * padded);
     place(slab_moments, (slabs - 1) * n * n);
     place(packed, blocks_per_chunk * kBlockRows * padded);
   }
 
   int64_t num_tiles() const { return tiles * (tiles + 1) / 2; }
+  int64_t strips_per_chunk() const { return blocks_per_chunk * kStripsPerBlock; }
   int64_t blocks_in(int64_t chunk) const { return smaller(blocks_per_chunk, blocks - chunk * blocks_per_chunk); }
   int64_t rows_in(int64_t block, int64_t rows) const { return smaller(kBlockRows, rows - block * kBlockRows); }
   T* panel(int64_t block_of_chunk, int64_t column) const {  // column: a multiple of P
@@ -211,7 +220,7 @@ void start(const MomentsArgs& args) {
 
   std::memset(at.pivot, 0, static_cast<size_t>(at.padded) * sizeof(T));
   std::memset(at.sums, 0, static_cast<size_t>(at.slabs * at.padded) * sizeof(double));
-  double* sum = at.block_sums;
+  double* sum = at.strip_sums;
   std::memset(sum, 0, static_cast<size_t>(at.padded) * sizeof(double));
   const In* first = nullptr;
   const int64_t step = ceil_div(used, kPivotRows);
@@ -250,7 +259,7 @@ struct RowFactors {
 };
 
 // y of R rows and W columns, and their share of sum_r w_r (x_r - p).
-template <class T, int R, bool kWeighted, class Load>
+template <class T, int64_t R, bool kWeighted, class Load>
 ND_INLINE void pack_group(Load load_row, typename Vec<T>::t pivot, const RowFactors<T>& factors, T* packed,
                           double* sums) {
   typename Vec<T>::t y[R];
@@ -272,13 +281,11 @@ ND_INLINE void pack_group(Load load_row, typename Vec<T>::t pivot, const RowFact
   add_to(sums, y[0]);
 }
 
-// Packs R rows of one block from row `first` of it on.
-template <class T, int R, bool kWeighted, class In>
-void pack_rows(const Layout<T>& at, const In* x, int64_t row_stride, const RowFactors<T>& factors,
-               int64_t block_of_chunk, int64_t first) {
+// Packs R rows of x; `panel`: their place in the first panel of a block.
+template <class T, int64_t R, bool kWeighted, class In>
+void pack_rows(const Layout<T>& at, const In* x, int64_t row_stride, const RowFactors<T>& factors, T* panel,
+               double* sums) {
   constexpr int W = Panel<T>::W, P = Panel<T>::P;
-  double* sums = at.block_sums + block_of_chunk * at.padded;
-  T* panel = at.panel(block_of_chunk, 0) + first * P;
   for (int64_t c = 0; c < at.n; c += P, panel += kBlockRows * P) {
     for (int v = 0; v < P && c + v < at.n; v += W) {
       const In* from = x + c + v;
@@ -297,23 +304,27 @@ void pack_rows(const Layout<T>& at, const In* x, int64_t row_stride, const RowFa
 }
 
 template <class T, bool kWeighted, class In>
-void pack_block(const MomentsArgs& args, const Layout<T>& at, int64_t block, int64_t block_of_chunk) {
-  const int64_t rows = at.rows_in(block, args.rows);
-  const In* x = static_cast<const In*>(args.x) + block * kBlockRows * args.row_stride;
-  std::memset(at.block_sums + block_of_chunk * at.padded, 0, static_cast<size_t>(at.padded) * sizeof(double));
+void pack_strip(const MomentsArgs& args, const Layout<T>& at, int64_t chunk, int64_t strip) {
+  const int64_t block = chunk * at.blocks_per_chunk + strip / kStripsPerBlock;
+  const int64_t begin = strip % kStripsPerBlock * kStripRows;  // in the block
+  const int64_t end = smaller(begin + kStripRows, at.rows_in(block, args.rows));
+  double* sums = at.strip_sums + strip * at.padded;
+  std::memset(sums, 0, static_cast<size_t>(at.padded) * sizeof(double));
   RowFactors<T> factors;
-  for (int r = 0; r < kPackRows; r++) factors.set(r, 1);
-  for (int64_t r = 0; r < rows;) {
-    const bool full = r + kPackRows <= rows;
-    const int group = full ? kPackRows : 1;
+  for (int g = 0; g < kPackRows; g++) factors.set(g, 1);
+  for (int64_t r = begin; r < end;) {
+    const int64_t row = block * kBlockRows + r;
+    const bool full = r + kPackRows <= end;
+    const int64_t group = full ? kPackRows : 1;
     if constexpr (kWeighted) {
-      for (int g = 0; g < group; g++) factors.set(g, args.weights[block * kBlockRows + r + g]);
+      for (int g = 0; g < group; g++) factors.set(g, args.weights[row + g]);
     }
-    const In* from = x + r * args.row_stride;
+    const In* from = static_cast<const In*>(args.x) + row * args.row_stride;
+    T* panel = at.panel(strip / kStripsPerBlock, 0) + r * Panel<T>::P;
     if (full) {
-      pack_rows<T, kPackRows, kWeighted>(at, from, args.row_stride, factors, block_of_chunk, r);
+      pack_rows<T, kPackRows, kWeighted>(at, from, args.row_stride, factors, panel, sums);
     } else {
-      pack_rows<T, 1, kWeighted>(at, from, args.row_stride, factors, block_of_chunk, r);
+      pack_rows<T, 1, kWeighted>(at, from, args.row_stride, factors, panel, sums);
     }
     r += group;
   }
@@ -322,12 +333,11 @@ void pack_block(const MomentsArgs& args, const Layout<T>& at, int64_t block, int
 template <class T, class In>
 void pack(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end) {
   const Layout<T> at(args);
-  for (int64_t b = begin; b < smaller(end, at.blocks_in(chunk)); b++) {
-    const int64_t block = chunk * at.blocks_per_chunk + b;
+  for (int64_t strip = begin; strip < smaller(end, at.blocks_in(chunk) * kStripsPerBlock); strip++) {
     if (args.weights) {
-      pack_block<T, true, In>(args, at, block, b);
+      pack_strip<T, true, In>(args, at, chunk, strip);
     } else {
-      pack_block<T, false, In>(args, at, block, b);
+      pack_strip<T, false, In>(args, at, chunk, strip);
     }
   }
 }
@@ -426,9 +436,11 @@ void multiply(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end
       multiply_tile(at, tile, b, at.rows_in(block, args.rows), moment);
       if (tile.row != tile.column) continue;
       double* sums = at.sums + slab * at.padded;
-      const double* block_sums = at.block_sums + b * at.padded;
+      const double* strip_sums = at.strip_sums + b * kStripsPerBlock * at.padded;
       const int64_t c_end = smaller(at.n, (tile.row + 1) * kTile);
-      for (int64_t c = tile.row * kTile; c < c_end; c++) sums[c] += block_sums[c];
+      for (int strip = 0; strip < kStripsPerBlock; strip++) {
+        for (int64_t c = tile.row * kTile; c < c_end; c++) sums[c] += strip_sums[strip * at.padded + c];
+      }
     }
   }
 }
@@ -488,7 +500,7 @@ template <class T>
 MomentsPlan plan(const MomentsArgs& args) {
   const Layout<T> at(args);
   return {.chunks = ceil_div(at.blocks, at.blocks_per_chunk),
-          .pack_tasks = at.blocks_per_chunk,
+          .pack_tasks = at.strips_per_chunk(),
           .multiply_tasks = at.num_tiles() * at.slabs,
           .finish_tasks = at.num_tiles(),
           .workspace_bytes = at.bytes};
