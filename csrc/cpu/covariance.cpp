@@ -34,7 +34,8 @@ constexpr int64_t kStripsPerBlock = 4;  // a strip is the rows of one packing ta
 constexpr int64_t kStripRows = kBlockRows / kStripsPerBlock;
 constexpr int64_t kPackRows = 8;  // rows packed together: their column sums share one conversion to float64
 constexpr int64_t kTile = 96;     // columns of a task's tile; a multiple of every P below
-constexpr int64_t kChunkBytes = int64_t{2} << 20;  // aim for one packed chunk
+constexpr int64_t kChunkBytes = int64_t{2} << 20;  // aim for one packed chunk, times the threads up to kMaxChunkThreads
+constexpr int64_t kMaxChunkThreads = 8;
 constexpr int64_t kPivotRows = 64;
 constexpr int64_t kMinTasks = 16;
 static_assert(kBlockRows % kStripsPerBlock == 0 && kStripRows % kPackRows == 0);
@@ -157,7 +158,8 @@ struct Layout {
     slabs = larger(1, smaller(blocks, kMinTasks / num_tiles()));
     const int64_t block_bytes = kBlockRows * padded * static_cast<int64_t>(sizeof(T));
     const int64_t fewest = larger(slabs, n * n * 8 > kLargeResultBytes ? kLargeResultBlocks : 1);
-    blocks_per_chunk = larger(1, smaller(blocks, larger(fewest, kChunkBytes / block_bytes)));
+    const int64_t wanted = kChunkBytes * smaller(args.threads, kMaxChunkThreads) / block_bytes;
+    blocks_per_chunk = larger(1, smaller(blocks, larger(fewest, wanted)));
     bytes = 0;
     char* base = static_cast<char*>(args.workspace);
     const auto place = [&]<class U>(U*& pointer, int64_t count) {

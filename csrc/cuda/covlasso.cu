@@ -3,7 +3,7 @@
 //     min over w, w_i = 0:   w' S w / 2 - s' w + sum_j a_j |w_j|,     s = S[i], a_j = a penalty_j, a = lam / 2
 //
 // which is  Theta' S Theta + lam sum_j penalty_j |Theta_j|  with Theta_i = -1, halved. With rho = s - S w, w is optimal
-// iff rho_j = a_j sign(w_j) on the support and |rho_j| <= a_j elsewhere. Violations are measured per unit of penalty.
+// iff rho_j = a_j sign(w_j) on the support and |rho_j| <= a_j elsewhere. A column of infinite penalty may not enter.
 //
 // Method: block active set, that is semismooth Newton with a growth limit.
 //   1. w = inv(S_AA) (s_A - a_A sign_A) through a blocked Cholesky factor of S_AA. A coordinate that depends on those
@@ -26,11 +26,13 @@
 // Threads: 4 warps a block, 8 blocks an SM in float32, 4 in float64. A block takes targets from a queue until it is
 // empty. Pass: 16 bytes a thread, two pieces of a row and four rows at a time. Factor: a warp owns 4 of the 16 columns
 // of a block, so that its triangular solve needs no block barrier; one warp inverts the diagonal block in registers.
-// Registers: the cap of 64 for 8 blocks costs float32 up to 64 bytes of stack. They hold what stays the same between
-// the phases and in the pass in float64; the loops of the float32 pass and of the factor do not touch them. Memory:
-// shared memory holds the violators of up to 2048 columns and the state of up to 80 (float32) or 64 (float64)
+// Registers: the cap of 64 for 8 blocks costs float32 up to 64 bytes of stack. They hold what lives from one phase to
+// the next and an address of the float64 pass; the loops of the float32 pass and of the factor do not touch them.
+//
+// Memory: shared memory holds the violators of up to 2048 columns and the state of up to 80 (float32) or 64 (float64)
 // coordinates, 27.1 KB in float32 for n <= 1024. A larger support moves, doubling, to slices of the workspace. Slices
 // of one size form a pool under locks; a block takes them in rising order only, so that no two wait for each other.
+//
 // Determinism: sums in a fixed order, violators ranked by (violation, index); nothing depends on which block, slice or
 // warp came first. Limits: n < 2^26.
 #include "neuraldeps/cuda_api.h"
@@ -66,6 +68,8 @@ template <class T>
 constexpr int kSharedSupport = ND_COVLASSO_SHARED_SUPPORT;  // coordinates held in shared memory, a multiple of W
 template <class T>
 constexpr int kBlocksPerSm = sizeof(T) == 4 ? 8 : 4;  // caps registers at 64 and 128 a thread
+template <class T>
+constexpr T kLargest = sizeof(T) == 4 ? T(3.4028234e38) : T(1.7976931348623157e308);  // finite
 template <class T>
 constexpr T kPivotFloor = sizeof(T) == 4 ? T(4e-6) : T(1e-13);  // of the diagonal: below, dependent on the others
 template <class T>
@@ -183,7 +187,7 @@ struct Columns {
   static __host__ __device__ constexpr int64_t padded(int64_t n) { return round_up(n, 2 * kPiece<T>); }
   static __host__ __device__ constexpr int64_t bytes(int64_t n) { return padded(n) * 8 + round_up(n, 512) / 8; }
 
-  // The violation, per unit of penalty and relative to lambda_max / 2, and 2 j + (rho_j < 0) of each.
+  // The violation |rho_j| - a_j relative to lambda_max / 2, and 2 j + (rho_j < 0) of each.
   __device__ __forceinline__ float* violation() const { return reinterpret_cast<float*>(memory); }
   __device__ __forceinline__ int* entry() const { return reinterpret_cast<int*>(memory) + length; }
 
@@ -230,7 +234,7 @@ struct Arguments {
   unsigned char* slices;
 };
 
-// Of a certificate: s'w, rho'w, sum_j penalty_j |w_j|, largest violation on the support per unit of penalty.
+// Of a certificate: s'w, rho'w, sum_j penalty_j |w_j|, largest violation on the support.
 struct Sums {
   double linear, curvature, norm, residual;
 };
@@ -239,12 +243,13 @@ struct Sums {
 template <class T>
 struct Scratch {
   int histogram[kWarps][kBins];
-  int listed[kWarps];    // violators
-  int kept[kWarps];      // of them, those that may be among the worst
-  double reach[kWarps];  // max |rho_j| / penalty_j
+  int listed[kWarps];                    // violators
+  int kept[kWarps];                      // of them, those that may be among the worst
+  double reach[kWarps], excess[kWarps];  // max |rho_j| / penalty_j and max |rho_j| - a_j
   Sums sums[kWarps];
   // The target.
   double a, top, inverse_top;  // lam / 2, lambda_max / 2
+  double far;                  // the violation a cold start asks for
   const T* penalty;            // [n] or null
   Columns<T> columns;
   Active<T> active[2];  // the side in use, and what the next step writes
@@ -388,7 +393,7 @@ class Solver {
         stopped = capped() || shared_.indefinite;
         if (!stopped) resolve(change(flips, found, wanted));
         exact = stopped || sizeof(T) == 8;
-        __syncthreads();
+        __syncthreads();  // the next pass overwrites the tally
         continue;
       }
       if (exact) {
@@ -397,7 +402,7 @@ class Solver {
         refine();
       }
       exact = true;
-      __syncthreads();  // the next pass overwrites the tally
+      __syncthreads();
     }
     report(t, stopped && capped());
   }
@@ -438,20 +443,28 @@ class Solver {
                                 static_cast<int>(Columns<T>::padded(args_.n))};
 #pragma unroll 1
     for (int x = me.thread; x < (args_.n + 31) / 32; x += kThreads) columns.member()[x] = 0;
-    T top = 0;
+    const double half = 0.5 * args_.lam[t];
+    T top = 0, excess = 0;
 #pragma unroll 1
     for (int j = me.thread; j < args_.n; j += kThreads) {
-      const T rho = magnitude(row(target)[j]);
-      if (j != target) top = larger(top, factors ? rho / factors[j] : rho);
+      const T rho = magnitude(row(target)[j]), factor = factors ? factors[j] : T(1);
+      if (j == target || !(factor <= kLargest<T>)) continue;
+      top = larger(top, rho / factor);
+      excess = larger(excess, rho - static_cast<T>(half) * factor);
     }
     top = warp_max(top);
-    if (me.lane == 0) shared_.reach[me.warp] = static_cast<double>(top);
+    excess = warp_max(excess);
+    if (me.lane == 0) {
+      shared_.reach[me.warp] = static_cast<double>(top);
+      shared_.excess[me.warp] = static_cast<double>(excess);
+    }
     __syncthreads();
     if (me.thread == 0) {
       shared_.target = target;
       shared_.penalty = factors;
-      shared_.a = 0.5 * args_.lam[t];
-      shared_.top = reach();
+      shared_.a = half;
+      shared_.top = largest(shared_.reach);
+      shared_.far = 0.4995 * largest(shared_.excess);
       shared_.inverse_top = 1 / shared_.top;
       shared_.columns = columns;
       shared_.active[0] = Active<T>::at(memory, kSharedSupport<T>);
@@ -463,57 +476,61 @@ class Solver {
     __syncthreads();
   }
 
-  // Largest of the warps' reach.
-  __device__ __forceinline__ double reach() const {
-    double largest = shared_.reach[0];
+  static __device__ __forceinline__ double largest(const double* of_warps) {
+    double x = of_warps[0];
 #pragma unroll
-    for (int x = 1; x < kWarps; x++) largest = larger(largest, shared_.reach[x]);
-    return largest;
+    for (int w = 1; w < kWarps; w++) x = larger(x, of_warps[w]);
+    return x;
   }
 
   // ------------------------------------------------------------------------------------------------- pass over columns
 
   __device__ __forceinline__ void pass(bool exact) {
-    const double taken = kSafety * args_.tol * shared_.top, far = 0.4995 * (shared_.top - shared_.a);
-    const double bar = k_ == 0 && far > taken ? far : taken;  // a cold start takes only what is far above its bound
+    const double taken = kSafety * args_.tol * shared_.top;
+    const double bar =
+        k_ == 0 && shared_.far > taken ? shared_.far : taken;  // a cold start takes only what is far above
     if constexpr (sizeof(T) == 4) {
       if (!exact) return list_violators<float>(bar);
     }
     list_violators<double>(bar);
   }
 
-  // Violations |rho_j| / penalty_j - a above `bar`, off A, go to the warp's part of the list and into its histogram;
-  // sums in the type Real. The pass in float64 leaves max |rho_j| / penalty_j in shared_.reach.
+  // Violations |rho_j| - a_j above `bar`, off A, go to the warp's part of the list and into its histogram; sums in the
+  // type Real. The pass in float64 leaves the parts of the largest |rho_j| / penalty_j and |rho_j| - a_j.
   template <class Real>
   __device__ __forceinline__ void list_violators(double bar) {
     constexpr int kHeld = kPieces<Real> * kVector<T>;
     const Me me;
     const Columns<T> list = shared_.columns;
     const int first_entry = me.warp * list.part(), padded_k = (k_ + kRows - 1) / kRows * kRows;
-    Real furthest = 0;
+    Real reach = 0, excess = 0;
     int listed = 0;
     for (int first = 0; first < args_.n; first += kPieces<Real> * kPiece<T>) {
       const int j0 = first + me.thread * kVector<T>;
       Real rho[kHeld];
       combine_rows(rho, j0, padded_k);
       unsigned negative = 0;
-      const unsigned hits = violators(rho, j0, static_cast<Real>(bar), &negative, &furthest);
+      const unsigned hits = violators(rho, j0, static_cast<Real>(bar), &negative, &reach, &excess);
       if (!__any_sync(kFullWarp, hits)) continue;
-      const Real a = static_cast<Real>(shared_.a), scale = static_cast<Real>(shared_.inverse_top);
+      const Real scale = static_cast<Real>(shared_.inverse_top);
 #pragma unroll
       for (int x = 0; x < kHeld; x++) {
         const unsigned lanes = __ballot_sync(kFullWarp, hits >> x & 1);
         if (hits >> x & 1) {
           const int at = first_entry + listed + __popc(lanes & ((1u << me.lane) - 1));
-          list.violation()[at] = static_cast<float>((rho[x] - a) * scale);
+          list.violation()[at] = static_cast<float>(rho[x] * scale);
           list.entry()[at] = 2 * (j0 + column_offset(x)) + static_cast<int>(negative >> x & 1);
         }
         listed += __popc(lanes);
       }
     }
     if (sizeof(Real) == 8) {
-      furthest = warp_max(furthest);
-      if (me.lane == 0) shared_.reach[me.warp] = static_cast<double>(furthest);
+      reach = warp_max(reach);
+      excess = warp_max(excess);
+      if (me.lane == 0) {
+        shared_.reach[me.warp] = static_cast<double>(reach);
+        shared_.excess[me.warp] = static_cast<double>(excess);
+      }
     }
     if (me.lane == 0) shared_.listed[me.warp] = shared_.kept[me.warp] = listed;
     fill_histogram(list.violation() + first_entry, listed);
@@ -557,9 +574,10 @@ class Solver {
     }
   }
 
-  // Which of the thread's columns violate by more than `bar`, and which have rho < 0; rho becomes |rho| / penalty.
+  // Which of the thread's columns violate by more than `bar`, and which have rho < 0; rho becomes the violation.
   template <class Real>
-  __device__ __forceinline__ unsigned violators(Real* rho, int j0, Real bar, unsigned* negative, Real* furthest) const {
+  __device__ __forceinline__ unsigned violators(Real* rho, int j0, Real bar, unsigned* negative, Real* reach,
+                                                Real* excess) const {
     const unsigned* member = shared_.columns.member();
     const Real a = static_cast<Real>(shared_.a);
     unsigned hits = 0;
@@ -567,11 +585,19 @@ class Solver {
     for (int x = 0; x < kPieces<Real> * kVector<T>; x++) {
       const int j = j0 + column_offset(x);
       if (rho[x] < Real(0)) *negative |= 1u << x;
-      rho[x] = magnitude(rho[x]);
       if (j >= args_.n || j == shared_.target) continue;
-      if (shared_.penalty) rho[x] /= static_cast<Real>(shared_.penalty[j]);
-      *furthest = larger(*furthest, rho[x]);
-      if (rho[x] - a > bar && !(member[j / 32] >> (j % 32) & 1)) hits |= 1u << x;
+      const Real size = magnitude(rho[x]);
+      Real factor = 1;
+      if (shared_.penalty) {
+        factor = static_cast<Real>(shared_.penalty[j]);
+        if (!(factor <= static_cast<Real>(kLargest<T>))) continue;
+      }
+      rho[x] = size - a * factor;
+      if (sizeof(Real) == 8) {
+        *reach = larger(*reach, shared_.penalty ? size / factor : size);
+        *excess = larger(*excess, rho[x]);
+      }
+      if (rho[x] > bar && !(member[j / 32] >> (j % 32) & 1)) hits |= 1u << x;
     }
     return hits;
   }
@@ -800,7 +826,6 @@ class Solver {
   // w = inv(S_AA) (s_A - a_A sign_A), where blocks from `first` on have changed.
   __device__ __forceinline__ void resolve(int first) {
     for (int b = first; b < blocks_of(k_); b++) gather(b);
-    __syncwarp();
     for (int b = first; b < blocks_of(k_); b++) {
       for (int J = 0; J < b; J++) eliminate(b, J);
       __syncthreads();
@@ -944,7 +969,7 @@ class Solver {
       linear += static_cast<double>(s[j]) * x;
       curvature += rho * x;
       norm += factor * magnitude(x);
-      residual = larger(residual, excess / factor);
+      residual = larger(residual, excess);
     }
     linear = warp_sum(linear), curvature = warp_sum(curvature), norm = warp_sum(norm), residual = warp_max(residual);
     if (me.lane == 0) shared_.sums[me.warp] = {linear, curvature, norm, residual};
@@ -962,11 +987,13 @@ class Solver {
               larger(sums.residual, part.residual)};
     }
     const double variance = row(shared_.target)[shared_.target], err2 = variance - sums.linear - sums.curvature;
-    const double a = shared_.a, furthest = reach(), tau = furthest > a ? a / furthest : 1.0;  // tau e is dual feasible
-    const double violation = shared_.top > 0 ? larger(sums.residual, furthest - a) * shared_.inverse_top : 0.0;
+    const double a = shared_.a, reach = largest(shared_.reach),
+                 tau = reach > a ? a / reach : 1.0;  // tau e is dual feasible
+    const double worst = larger(sums.residual, largest(shared_.excess));
+    const double violation = shared_.top > 0 ? worst * shared_.inverse_top : 0.0;
     info[kErr2] = err2;
     info[kDualityGap] = err2 + 2 * a * sums.norm - tau * (2 * (variance - sums.linear) - tau * err2);
-    info[kKktViolation] = larger(violation, 0.0);
+    info[kKktViolation] = violation;
     info[kPivots] = shared_.pivots;
     info[kLambdaMax] = 2 * shared_.top;
     if (capped)
@@ -1004,7 +1031,7 @@ class Solver {
       index_row[x] = 0;
       value_row[x] = T(0);
     }
-    __syncthreads();
+    __syncthreads();  // before the slice is given back
     if (me.thread != 0) return;
     certify(args_.info + static_cast<int64_t>(t) * kInfoSize, capped || cut);
     args_.count[t] = static_cast<int32_t>(count);

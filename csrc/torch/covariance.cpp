@@ -65,6 +65,10 @@ std::tuple<Tensor, Tensor, Tensor> centered_moments_cpu(Tensor x, OptionalTensor
   Tensor mean = new_empty(x, {batch, n}, ScalarType::Double);
   Tensor moment = new_empty(x, {batch, n, n}, ScalarType::Double);
 
+  // Many problems run side by side, few one after the other with all threads; the result is the same.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t groups = batch >= threads ? threads : 1;
+
   const char* data = static_cast<const char*>(x.const_data_ptr());
   const int64_t batch_bytes = x.stride(0) * static_cast<int64_t>(x.element_size());
   const double* weight = weights ? static_cast<const double*>(weights->const_data_ptr()) : nullptr;
@@ -81,15 +85,11 @@ std::tuple<Tensor, Tensor, Tensor> centered_moments_cpu(Tensor x, OptionalTensor
                        sums + b,
                        means + b * n,
                        moments + b * n * n,
-                       workspace};
+                       workspace,
+                       groups == 1 ? threads : 1};
   };
   const nd::cpu::Kernels& kernels = nd::cpu::kernels();
   const int64_t bytes = batch ? kernels.moments_plan(problem(0, nullptr)).workspace_bytes : 0;
-
-  // Many small problems run side by side, few or large ones one after the other with all threads. The result is the
-  // same: how a problem is cut depends on its shape only.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t groups = batch >= threads ? threads : 1;
   Tensor workspaces = new_empty(x, {groups, bytes}, ScalarType::Byte);
   char* const workspace = static_cast<char*>(workspaces.mutable_data_ptr());
   const auto by_all_threads = [](int64_t count, const auto& f) { torch::stable::parallel_for(0, count, 1, f); };

@@ -63,9 +63,10 @@ struct MomentsArgs {
   double* mean;           // [n]
   double* moment;         // [n, n] symmetric
   void* workspace;        // MomentsPlan::workspace_bytes, aligned to 64
+  int64_t threads = 1;    // that will share the tasks: more of them get larger chunks, with the same result
 };
 
-// How moments are cut: the sizes of the task ranges below. It depends on the shape alone, so that results do too.
+// How moments are cut: the sizes of the task ranges below.
 struct MomentsPlan {
   int64_t chunks;          // rounds of pack and multiply, one after the other
   int64_t pack_tasks;      // per chunk
