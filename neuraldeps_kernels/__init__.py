@@ -1,7 +1,7 @@
 """Dependency-aware neural networks: kernels as torch operators and the analyses built on them.
 
 `import neuraldeps_kernels as nk` registers `torch.ops.neuraldeps.*`. The submodules `analysis`, `arrays` (NumPy),
-`data`, `profiling` and `reference` are loaded at their first use, `cupy` when it is imported.
+`data`, `distributed`, `losses`, `profiling` and `reference` are loaded at their first use, `cupy` when it is imported.
 """
 
 from __future__ import annotations
@@ -22,12 +22,38 @@ if not _OPS_LIBRARY.is_file():
 torch.ops.load_library(_OPS_LIBRARY)
 torch.ops.neuraldeps.cpu_levels()  # raises ValueError here, not at the first kernel, if NEURALDEPS_CPU_LEVEL is wrong
 
-from neuraldeps_kernels.ops.covariance import CovarianceAccumulator, covariance  # noqa: E402  needs the operators
-from neuraldeps_kernels.ops.covlasso import CovLassoSolution, covlasso, lambda_max  # noqa: E402  needs the operators
+from neuraldeps_kernels.ops.covariance import (  # noqa: E402  needs the operators
+    CovarianceAccumulator,
+    CrossCovariance,
+    CrossCovarianceAccumulator,
+    covariance,
+    cross_covariance,
+)
+from neuraldeps_kernels.ops.covlasso import (  # noqa: E402  needs the operators
+    CovLassoPath,
+    CovLassoSolution,
+    covlasso,
+    covlasso_path,
+    covlasso_top_k,
+    lambda_max,
+)
 
-_LAZY_SUBMODULES = ("analysis", "arrays", "data", "profiling", "reference")
+_LAZY_SUBMODULES = ("analysis", "arrays", "data", "distributed", "losses", "profiling", "reference")
 
-__all__ = ["CovLassoSolution", "CovarianceAccumulator", "__version__", "covariance", "covlasso", "lambda_max"]
+__all__ = [
+    "CovLassoPath",
+    "CovLassoSolution",
+    "CovarianceAccumulator",
+    "CrossCovariance",
+    "CrossCovarianceAccumulator",
+    "__version__",
+    "covariance",
+    "covlasso",
+    "covlasso_path",
+    "covlasso_top_k",
+    "cross_covariance",
+    "lambda_max",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -288,7 +288,7 @@ CsrRows<T> solve(const Problem<T>& problem, const double* lam, double tol, int64
   const int64_t n = problem.n, capacity = std::max<int64_t>(n - 1, 1);
   const int64_t chunk = std::min(problem.num_targets, std::max<int64_t>(64, kPaddedValues / n));
   const auto packed = aligned_memory<T>(n * leading_dimension(n, sizeof(T)));
-  const double scale = nd::cpu::pack_covariance(problem.cov, n, problem.stride, packed.get(), parallel);
+  const double scale = nd::cpu::pack_covariances<T>({problem.cov, 1, n, 0, problem.stride}, 0, packed.get(), parallel);
   const auto index = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(chunk * capacity));
   const auto value = std::make_unique_for_overwrite<T[]>(static_cast<size_t>(chunk * capacity));
   const auto count = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(chunk));
@@ -296,21 +296,25 @@ CsrRows<T> solve(const Problem<T>& problem, const double* lam, double tol, int64
   for (int64_t first = 0; first < problem.num_targets; first += chunk) {
     const int64_t size = std::min(chunk, problem.num_targets - first);
     const Penalty<T>& penalty = problem.penalty;
-    const CovlassoArgs<T> args = {packed.get(),
-                                  n,
-                                  leading_dimension(n, sizeof(T)),
-                                  problem.targets + first,
-                                  lam + first,
-                                  penalty.data ? penalty.data + first * penalty.stride : nullptr,
-                                  penalty.stride,
-                                  tol,
-                                  max_pivots,
-                                  index.get(),
-                                  value.get(),
-                                  capacity,
-                                  count.get(),
-                                  info + first * kCovlassoInfoSize};
-    nd::cpu::solve_packed(args, size, scale, parallel);
+    CovlassoArgs<T> args = {};
+    args.cov = packed.get();
+    args.n = n;
+    args.ld = leading_dimension(n, sizeof(T));
+    args.targets = problem.targets + first;
+    args.lam = lam + first;
+    args.num_lams = 1;
+    args.penalty = penalty.data ? penalty.data + first * penalty.stride : nullptr;
+    args.penalty_stride = penalty.stride;
+    args.tol = tol;
+    args.max_pivots = max_pivots;
+    args.index = index.get();
+    args.value = value.get();
+    args.capacity = capacity;
+    args.count = count.get();
+    args.info = info + first * kCovlassoInfoSize;
+    nd::cpu::solve_scaled(args, size, 0, scale, [&](const CovlassoArgs<T>& scaled) {
+      parallel(size, 1, [&](int64_t begin, int64_t end) { CovlassoKernels<T>::solve()(scaled, begin, end); });
+    });
     for (int64_t t = 0; t < size; t++) {
       const int64_t start = t * capacity, end = start + count[static_cast<size_t>(t)];
       rows.indices.insert(rows.indices.end(), index.get() + start, index.get() + end);
@@ -526,8 +530,13 @@ class CudaLibrary {
   int64_t workspace_bytes(int64_t n, int64_t num_targets) const {
     if (n < 1 || n > INT32_MAX - 1024) invalid("n must be 1 to 2^31 - 1025, not " + std::to_string(n));
     if (num_targets < 0) invalid("num_targets must not be negative, not " + std::to_string(num_targets));
+    NdCovlassoArgs args = {};
+    args.n = n;
+    args.num_targets = num_targets;
+    args.num_lams = 1;
+    args.capacity = std::max<int64_t>(n - 1, 1);
     using Entry = CudaCovlasso<T>;
-    return static_cast<int64_t>(function<typename Entry::Workspace>(Entry::kWorkspace)(n, num_targets));
+    return static_cast<int64_t>(function<typename Entry::Workspace>(Entry::kWorkspace)(&args));
   }
 
   template <class T>
@@ -539,27 +548,38 @@ class CudaLibrary {
     const int64_t num_targets = targets.size(0), bytes = workspace_bytes<T>(n, num_targets);
     if (value.dims() != 2) invalid("value must be [T, capacity], not " + shape_text(value.shape));
     const int64_t capacity = value.size(1), ld = leading_dimension(n, sizeof(T));
-    const T* rows = checked<T>(view("cov", arrays.cov), "float32 or float64", {n, ld}, "[n, leading_dimension(n)]");
-    const double* lam = checked<double>(view("lam", arrays.lam), "float64", {num_targets}, "[T]");
-    Penalty<T> penalty;
-    if (!arrays.penalty.is_none()) penalty = checked_penalty<T>(view("penalty", arrays.penalty), n, num_targets);
-    T* const values = checked_output<T>(value, "of the dtype of cov,", {num_targets, capacity}, "[T, capacity]");
-    int32_t* const index =
+    NdCovlassoArgs args = {};
+    args.cov = checked<T>(view("cov", arrays.cov), "float32 or float64", {n, ld}, "[n, leading_dimension(n)]");
+    args.n = n;
+    args.ld = ld;
+    args.targets = target;
+    args.num_targets = num_targets;
+    args.lam = checked<double>(view("lam", arrays.lam), "float64", {num_targets}, "[T]");
+    args.num_lams = 1;
+    if (!arrays.penalty.is_none()) {
+      const Penalty<T> penalty = checked_penalty<T>(view("penalty", arrays.penalty), n, num_targets);
+      args.penalty = penalty.data;
+      args.penalty_stride = penalty.stride;
+    }
+    args.tol = tol;
+    args.max_pivots = max_pivots;
+    args.value = checked_output<T>(value, "of the dtype of cov,", {num_targets, capacity}, "[T, capacity]");
+    args.index =
         checked_output<int32_t>(view("index", arrays.index), "int32", {num_targets, capacity}, "[T, capacity]");
-    int32_t* const count = checked_output<int32_t>(view("count", arrays.count), "int32", {num_targets}, "[T]");
-    double* const info =
+    args.capacity = capacity;
+    args.count = checked_output<int32_t>(view("count", arrays.count), "int32", {num_targets}, "[T]");
+    args.info =
         checked_output<double>(view("info", arrays.info), "float64", {num_targets, kCovlassoInfoSize}, "[T, 6]");
     uint8_t* const scratch = checked_output<uint8_t>(workspace, "uint8", workspace.shape, "[bytes]");
     if (workspace.numel() < bytes)
       invalid("workspace must hold " + std::to_string(bytes) + " bytes, not " + std::to_string(workspace.numel()));
-    if (reinterpret_cast<uintptr_t>(rows) % 64) invalid("cov must be aligned to 64 bytes");
+    if (reinterpret_cast<uintptr_t>(args.cov) % 64) invalid("cov must be aligned to 64 bytes");
     if (reinterpret_cast<uintptr_t>(scratch) % 64) invalid("workspace must be aligned to 64 bytes");
     const auto solve = function<typename CudaCovlasso<T>::Solve>(CudaCovlasso<T>::kSolve);
     int code = 0;
     {
       const py::gil_scoped_release unlocked;
-      code = solve(rows, n, ld, target, lam, num_targets, penalty.data, penalty.stride, tol, max_pivots, index, values,
-                   capacity, count, info, scratch, reinterpret_cast<void*>(stream));
+      code = solve(&args, scratch, reinterpret_cast<void*>(stream));
     }
     if (code != 0)
       throw std::runtime_error(std::string("covlasso: CUDA error: ") +

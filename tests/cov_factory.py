@@ -87,3 +87,20 @@ def planted(seed: int, n: int = 60, samples: int = 2000, noise: float = 0.05) ->
     x = torch.randn(samples, n, generator=generator, dtype=torch.float64)
     x[:, 0] = x @ theta + noise * torch.randn(samples, generator=generator, dtype=torch.float64)
     return covariance_of(x), theta
+
+
+def joint(m: int, n: int, seed: int, noise: float = 0.5, samples: int = 1000) -> Tensor:
+    """m mixed predictors, then n targets that are each a combination of three of them plus noise: [m + n, m + n]."""
+    x = normal(samples, m, seed=seed) @ (torch.eye(m, dtype=torch.float64) + 0.4 * normal(m, m, seed=seed + 1))
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.zeros(m, n, dtype=torch.float64)
+    for target in range(n):
+        weight[torch.randperm(m, generator=generator)[:3], target] = torch.tensor([1.0, -0.7, 0.5], dtype=torch.float64)
+    return covariance_of(torch.cat([x, x @ weight + noise * normal(samples, n, seed=seed + 2)], 1))
+
+
+def stand_in() -> Tensor:
+    """Category 0 is 1 plus 2; 3 is 0 and some noise: first on the path of 0, gone again once 1 and 2 are there."""
+    weight = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1]], dtype=torch.float64)
+    variance = torch.tensor([1.0, 0.81, 0.01], dtype=torch.float64)
+    return (weight * variance) @ weight.T

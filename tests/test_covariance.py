@@ -20,7 +20,12 @@ from torch.func import grad, jacrev, vmap
 import neuraldeps_kernels as nk
 import neuraldeps_kernels.triton
 from neuraldeps_kernels.ops import covariance as ops
-from neuraldeps_kernels.ops.covariance import centered_moments
+from neuraldeps_kernels.ops.covariance import (
+    CrossCovariance,
+    CrossCovarianceAccumulator,
+    centered_moments,
+    cross_covariance,
+)
 from neuraldeps_kernels.reference import covariance as reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +140,7 @@ def test_center_and_correction(center: bool, correction: float) -> None:
     w = torch.linspace(0.5, 2, 30)
     for weights in (None, w):
         got = nk.covariance(x, center=center, correction=correction, weights=weights)
+        assert torch.equal(got, got.T)
         want = oracle(as_float64(x), None if weights is None else as_float64(w), center, correction)
         assert relative_error(got, want) <= 1e-6
 
@@ -245,6 +251,9 @@ def nan_at(row: int, column: int, value: float = torch.nan) -> torch.Tensor:
     return x
 
 
+X, X3 = rows_of((10, 4)), rows_of((2, 3, 4))
+
+
 @pytest.mark.parametrize(
     ("error", "text", "call"),
     [
@@ -295,6 +304,46 @@ def nan_at(row: int, column: int, value: float = torch.nan) -> torch.Tensor:
             lambda: nk.CovarianceAccumulator(2).load_state_dict(nk.CovarianceAccumulator(3).state_dict()),
         ),
         (RuntimeError, r"init_process_group", lambda: nk.CovarianceAccumulator(2).all_reduce()),
+        (TypeError, r"target_logits must be a torch.Tensor, not list", lambda: cross_covariance([1.0], X)),
+        (TypeError, r"predictor_logits must be float32, .*, not torch.int32", lambda: cross_covariance(X, X.int())),
+        (ValueError, r"target_logits must be \[N, columns\], not \[2, 3, 4\]", lambda: cross_covariance(X3, X)),
+        (ValueError, r"predictor_logits has 9 rows, but target_logits 10", lambda: cross_covariance(X, X[1:])),
+        (ValueError, r"predictor_logits has dtype torch.float64", lambda: cross_covariance(X, X.double())),
+        (ValueError, r"predictor_logits has device meta", lambda: cross_covariance(X, X.to("meta"))),
+        (ValueError, r"target_logits must have at least one row", lambda: cross_covariance(X[:0], X[:0])),
+        (ValueError, r"below the 1 rows of target_logits", lambda: cross_covariance(X[:1], X[:1], correction=1)),
+        (ValueError, r"predictor_logits has no finite .* 2", lambda: cross_covariance(X, nan_at(5, 2))),
+        (ValueError, r"target_logits has no finite .* 2", lambda: cross_covariance(nan_at(5, 2), X)),
+        (ValueError, r"target_logits has no finite .* overflow", lambda: cross_covariance(nan_at(5, 2, 1e30), X)),
+        (ValueError, r"each row of target_logits", lambda: cross_covariance(X, X, weights=torch.ones(4))),
+        (ValueError, r"weights holds -1", lambda: cross_covariance(X, X, weights=-torch.ones(10))),
+        (ValueError, r"sum of weights is 0", lambda: cross_covariance(X, X, weights=torch.zeros(10))),
+        (TypeError, r"dtype must be torch.float64 or", lambda: cross_covariance(X, X, dtype=torch.bfloat16)),
+        (ValueError, r"not 3 predictors and 4 targets", lambda: cross_covariance(X, X[:, :3], exclude_same=True)),
+        (ValueError, r"m must be at least 1, not 0", lambda: CrossCovarianceAccumulator(2, 0)),
+        (ValueError, r"not 3 predictors and 2 targets", lambda: CrossCovarianceAccumulator(2, 3).compute(0, True)),
+        (ValueError, r"count of rows is 0", lambda: CrossCovarianceAccumulator(2, 2).compute()),
+        (ValueError, r"target_logits must be \[N, 3\]", lambda: CrossCovarianceAccumulator(3, 4).update(X, X)),
+        (ValueError, r"predictor_logits must be \[N, 3\]", lambda: CrossCovarianceAccumulator(4, 3).update(X, X)),
+        (ValueError, r"predictor_logits has 9 rows", lambda: CrossCovarianceAccumulator(4, 4).update(X, X[1:])),
+        (ValueError, r"predictor_logits is on meta", lambda: CrossCovarianceAccumulator(4, 4).update(X, X.to("meta"))),
+        (
+            ValueError,
+            r"other has n=2, m=3, center=True, but the accumulator n=2, m=2, center=True",
+            lambda: CrossCovarianceAccumulator(2, 2).merge(CrossCovarianceAccumulator(2, 3)),
+        ),
+        (
+            TypeError,
+            r"other must be a CrossCovarianceAccumulator, not CovarianceAccumulator",
+            lambda: CrossCovarianceAccumulator(2, 2).merge(nk.CovarianceAccumulator(2)),
+        ),
+        (ValueError, r"cross must be \[n, m\]", lambda: CrossCovariance(*torch.ones(5, 2))),
+        (ValueError, r"cov must be \[4, 4\] beside cross \[10, 4\]", lambda: CrossCovariance(X, X, X[0], X[0], X[0])),
+        (
+            ValueError,
+            r"variance is torch.float64 on cpu, but cross torch.float32 on cpu",
+            lambda: CrossCovariance(X[:4], X[:4], X[0].double(), X[0], X[0]),
+        ),
     ],
 )
 def test_bad_input(error: type[Exception], text: str, call) -> None:
@@ -480,6 +529,7 @@ def test_merge_order_and_copies() -> None:
         results.append(total.compute())
     for result in results:
         assert relative_error(result, oracle(as_float64(x))) <= 1e-6
+        assert torch.equal(result, result.T)
         torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-12)
     parts[0].merge(parts[0])
     assert float(parts[0].count) == 20
@@ -511,10 +561,18 @@ def reduce_on_one_rank(rank: int, world: int, port: int) -> None:
         accumulator = accumulated([mine])
         accumulator.all_reduce()
         assert relative_error(accumulator.compute(), oracle(as_float64(x))) <= 1e-6
+        assert torch.equal(accumulator.compute(), accumulator.compute().T)
         assert float(accumulator.count) == 200
         np.testing.assert_allclose(accumulator.mean.numpy(), as_float64(x).mean(0), rtol=1e-9)
         states = [torch.empty(6, 6, dtype=torch.float64) for _ in range(world)]
         torch.distributed.all_gather(states, accumulator.compute())
+        assert all(torch.equal(state, states[0]) for state in states)
+        cross = CrossCovarianceAccumulator(2, 4)
+        cross.update(mine[:, :2], mine[:, 2:])
+        cross.all_reduce()
+        assert worst_cross_error(cross.compute(), x[:, :2], x[:, 2:]) <= 1e-6
+        states = [torch.empty(2, 4, dtype=torch.float64) for _ in range(world)]
+        torch.distributed.all_gather(states, cross.compute().cross)
         assert all(torch.equal(state, states[0]) for state in states)
         pair = torch.distributed.new_group([0, 1])
         if rank < 2:
@@ -532,6 +590,276 @@ def test_all_reduce(world: int) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(reduce_on_one_rank, (world, port), nprocs=world)
+
+
+# ------------------------------------------------------------------------------------------------ two streams
+
+
+def two_streams(
+    N: int, n: int, m: int, dtype: torch.dtype = torch.float32, offset: float = 0, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets [N, n] and predictors [N, m] with common factors."""
+    joined = rows_of((N, n + m), torch.float64, seed=seed)
+    joined = joined + 0.7 * joined.flip(-1)
+    return (joined[:, :n] + offset).to(dtype), (joined[:, n:] - offset / 2).to(dtype)
+
+
+def cross_oracle(
+    targets: torch.Tensor, predictors: torch.Tensor, weights: torch.Tensor | None = None, **keywords: object
+) -> tuple[np.ndarray, ...]:
+    """cov, cross, variance, predictor_mean and target_mean out of the joint covariance in float64."""
+    n, joined = targets.shape[1], np.concatenate([as_float64(targets), as_float64(predictors)], 1)
+    w = np.ones(len(joined)) if weights is None else as_float64(weights)
+    S, mean = oracle(joined, w, **keywords), w[w > 0] @ joined[w > 0] / w.sum()
+    return S[n:, n:], S[:n, n:], S.diagonal()[:n], mean[n:], mean[:n]
+
+
+def fields_of(result: CrossCovariance) -> tuple[torch.Tensor, ...]:
+    return result.cov, result.cross, result.variance, result.predictor_mean, result.target_mean
+
+
+def worst_cross_error(
+    result: CrossCovariance, targets: torch.Tensor, predictors: torch.Tensor, *args: object, **keywords: object
+) -> float:
+    """Error of cov and variance over their largest entry, of cross over the largest product of deviations, of the means
+    over the largest deviation or, where that is larger, a hundredth of the mean."""
+    cov, cross, variance, *means = cross_oracle(targets, predictors, *args, **keywords)
+    top, scale = cov.max(), np.sqrt(cov.diagonal().max() * variance.max())
+    errors = [relative_error(result.cov, cov, 1e-6), relative_error(result.variance, variance, 1e-6)]
+    errors.append(float(np.abs(result.cross.double().numpy() - cross).max()) / max(scale, 1e-6))
+    for got, want in zip(fields_of(result)[3:], means, strict=True):
+        floor = max(np.sqrt(max(top, variance.max())), 1e-3, 1e-2 * np.abs(want).max())
+        errors.append(float(np.abs(got.double().numpy() - want).max() / floor))
+    return max(errors)
+
+
+# A single row and column, fewer and more rows than a block of the product (1024), m < n and m > n.
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (17, 33, 2), (1024, 20, 20), (1025, 5, 60), (2500, 70, 33)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_covariance_is_cut_from_the_joint_one(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    targets, predictors = two_streams(*shape, dtype, offset=2)
+    weights = torch.rand(shape[0], generator=torch.Generator().manual_seed(3)) + 0.1
+    weights[1::3] = 0
+    for w in (None, weights):
+        for center, correction in ((True, 0), (False, 0), (True, 0.05)):
+            got = cross_covariance(targets, predictors, weights=w, center=center, correction=correction)
+            assert all(x.dtype == torch.float64 for x in fields_of(got))
+            error = worst_cross_error(got, targets, predictors, w, center=center, correction=correction)
+            assert error <= 1.5 * TOLERANCE[dtype]
+            assert got.exclude_same == (shape[1] == shape[2])
+    targets[1::3], predictors[1::3] = torch.nan, torch.inf
+    got_without = cross_covariance(targets, predictors, weights=weights, correction=0.05)
+    assert all(torch.equal(a, b) for a, b in zip(fields_of(got), fields_of(got_without), strict=True))
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 3000.0, 3e4])
+def test_an_offset_of_both_streams_costs_no_accuracy(offset: float) -> None:
+    targets, predictors = two_streams(6000, 50, 70, offset=offset)
+    assert worst_cross_error(cross_covariance(targets, predictors), targets, predictors) <= 3e-7
+    targets, predictors = two_streams(600, 50, 70, torch.float64, offset=offset)
+    assert worst_cross_error(cross_covariance(targets, predictors), targets, predictors) <= 1e-12
+
+
+def test_products_of_numbers_on_a_coarse_grid_do_not_round_to_one_side() -> None:
+    """Targets that are the predictors themselves, in float32 around 3e4: products of one sign on a grid of 2^-18."""
+    x = rows_of((60000, 16), offset=3e4)
+    assert worst_cross_error(cross_covariance(x, x), x, x) <= 2e-7
+
+
+def test_cross_covariance_of_a_stream_with_itself() -> None:
+    x = rows_of((3000, 30), offset=5)
+    got = cross_covariance(x, x, dtype=torch.float32, exclude_same=False)
+    assert got.cross.dtype == got.variance.dtype == got.cov.dtype == torch.float32
+    assert not got.exclude_same
+    torch.testing.assert_close(got.cross, got.cov, rtol=0, atol=4e-7 * float(got.cov.max()))
+    torch.testing.assert_close(got.variance, got.cov.diagonal(), rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_allowed_low_precision_products_do_not_reach_the_moments(precision: str) -> None:
+    targets, predictors = two_streams(2000, 40, 40)
+    want = fields_of(cross_covariance(targets, predictors))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        allowed = torch.backends.mkldnn.matmul.fp32_precision
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = fields_of(cross_covariance(targets, predictors))
+        assert torch.backends.mkldnn.matmul.fp32_precision == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_strides_of_both_streams() -> None:
+    joined = rows_of((90, 12), offset=3)
+    views = joined[:, :5], joined[:, 5:]
+    for targets, predictors in (views, (joined.T[:12, ::9], joined[:12, ::2]), (joined[::3], joined[::3].flip(0))):
+        got = cross_covariance(targets, predictors)
+        want = cross_covariance(targets.contiguous(), predictors.contiguous())
+        for a, b in zip(fields_of(got), fields_of(want), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**31), N=st.integers(2, 60), n=st.integers(1, 12), m=st.integers(1, 12))
+def test_properties_of_cross_covariance(seed: int, N: int, n: int, m: int) -> None:
+    targets, predictors = two_streams(N, n, m, torch.float64, offset=3, seed=seed)
+    S = cross_covariance(targets, predictors)
+    bound = (S.variance[:, None] * S.cov.diagonal()).sqrt()
+    assert bool((S.cross.abs() <= bound * (1 + 1e-12)).all())  # Cauchy-Schwarz
+    swapped = cross_covariance(predictors, targets)
+    torch.testing.assert_close(swapped.cross.T, S.cross, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(swapped.cov.diagonal(), S.variance, rtol=1e-10, atol=1e-12)
+    mixing = torch.randn(m, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    mixed = cross_covariance(targets + 7, predictors @ mixing - 7)
+    torch.testing.assert_close(mixed.cross, S.cross @ mixing, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(mixed.cov, mixing.T @ S.cov @ mixing, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"center": False}, {"correction": 1}], ids=str)
+def test_cross_covariance_gradients(keywords: dict[str, object]) -> None:
+    targets, predictors = (x.requires_grad_() for x in two_streams(6, 3, 2, torch.float64, offset=1))
+    w = (torch.rand(6, dtype=torch.float64) + 0.5).requires_grad_()
+
+    def all_fields(targets, predictors, weights=None):
+        return fields_of(cross_covariance(targets, predictors, weights=weights, **keywords))
+
+    assert torch.autograd.gradcheck(all_fields, (targets, predictors))
+    assert torch.autograd.gradcheck(all_fields, (targets, predictors, w))
+    assert torch.autograd.gradgradcheck(all_fields, (targets, predictors, w))
+    leaves = [x.detach().clone().requires_grad_() for x in (targets, predictors, w)]
+    for function, inputs in ((all_fields, (targets, predictors, w)), (reference.cross_covariance, leaves)):
+        extra = {} if function is all_fields else keywords
+        fields = function(*inputs[:2], weights=inputs[2], **extra)
+        sum(field.sin().sum() for field in fields).backward()
+    for x, leaf in zip((targets, predictors, w), leaves, strict=True):
+        torch.testing.assert_close(x.grad, leaf.grad)
+
+
+def test_cross_covariance_gradients_at_weight_zero_and_in_float32() -> None:
+    targets, predictors = two_streams(7, 3, 2, torch.float64)
+    w = torch.tensor([1.0, 2, 0, 1, 0.5, 1, 3], dtype=torch.float64)
+    results = []
+    for function, tiny in ((lambda *xs: fields_of(cross_covariance(*xs[:2], weights=xs[2])), 0.0), (None, 1e-200)):
+        leaves = [x.clone().requires_grad_() for x in (targets, predictors, w + tiny)]
+        fields = function(*leaves) if function else reference.cross_covariance(*leaves[:2], weights=leaves[2])
+        sum(field.square().sum() for field in fields).backward()
+        results.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(results[0], results[1])
+    targets[2] = torch.nan
+    leaves = [x.clone().requires_grad_() for x in (targets, predictors, w)]
+    cross_covariance(*leaves[:2], weights=leaves[2]).cross.square().sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+    single = two_streams(50, 4, 4)[0].requires_grad_()
+    cross_covariance(single, single.detach()).cross.square().sum().backward()
+    double = single.detach().double().requires_grad_()
+    reference.cross_covariance(double, double.detach())[1].square().sum().backward()
+    assert single.grad.dtype == torch.float32
+    torch.testing.assert_close(single.grad.double(), double.grad, rtol=1e-5, atol=1e-5 * float(double.grad.abs().max()))
+
+
+def test_cross_moments_in_transforms() -> None:
+    targets, predictors = two_streams(30, 4, 3, torch.float64)
+    mean = centered_moments(predictors[None])[1]
+    w = torch.rand(1, 30, dtype=torch.float64)
+    batch = (targets[None], predictors[None])
+    for weights in (None, w):
+        weighted_mean = mean if weights is None else centered_moments(batch[1], weights)[1]
+        arguments = (batch[0].clone().requires_grad_(), batch[1].clone().requires_grad_(), weighted_mean, weights)
+        torch.library.opcheck(torch.ops.neuraldeps.cross_moments.default, arguments)
+    pairs = targets.view(3, 10, 4), predictors.view(3, 10, 3)
+    got = vmap(lambda x, y: cross_covariance(x, y).cross)(*pairs)
+    want = torch.stack([cross_covariance(x, y).cross for x, y in zip(*pairs, strict=True)])
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-15)
+
+    def loss(x, y):
+        return cross_covariance(x, y).cross.square().sum()
+
+    def plain(x, y):
+        return reference.cross_covariance(x, y)[1].square().sum()
+
+    torch.testing.assert_close(vmap(grad(loss))(*pairs), vmap(grad(plain))(*pairs))
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True)(*batch_rows(batch)), loss(*batch_rows(batch)))
+    shapes = cross_covariance(torch.empty(9, 4, device="meta"), torch.empty(9, 3, device="meta"))
+    assert (shapes.cross.shape, shapes.variance.shape, shapes.cross.device.type) == ((4, 3), (4,), "meta")
+
+
+def batch_rows(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch[0][0], batch[1][0]
+
+
+def cross_accumulated(
+    targets: torch.Tensor, predictors: torch.Tensor, size: int, **keywords: object
+) -> CrossCovarianceAccumulator:
+    accumulator = CrossCovarianceAccumulator(targets.shape[1], predictors.shape[1], **keywords)
+    for x, y in zip(targets.split(size), predictors.split(size), strict=True):
+        accumulator.update(x, y)
+    return accumulator
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_chunk_sizes_of_two_streams_do_not_matter(offset: float, dtype: torch.dtype) -> None:
+    offset = min(offset, 30.0) if dtype.itemsize == 2 else offset  # 16 bits resolve no more
+    targets, predictors = two_streams(1000, 13, 21, dtype, offset)
+    for size in (1, 7, 333, 1000):
+        accumulator = cross_accumulated(targets, predictors, size)
+        error = worst_cross_error(accumulator.compute(1), targets, predictors, correction=1)
+        assert error <= max(TOLERANCE[dtype], 1e-15 * offset)
+        assert float(accumulator.count) == 1000
+
+
+def test_weighted_and_uncentred_chunks_of_two_streams() -> None:
+    targets, predictors = two_streams(90, 5, 3, torch.float64, offset=2)
+    w = torch.rand(90, dtype=torch.float64)
+    for center in (True, False):
+        accumulator = CrossCovarianceAccumulator(5, 3, center=center, dtype=torch.float32)
+        accumulator.update(targets[:0], predictors[:0])
+        accumulator.update(targets[:30], predictors[:30], w[:30])
+        accumulator.update(targets[:30] + torch.nan, predictors[:30], torch.zeros(30))
+        accumulator.update(targets[30:], predictors[30:], w[30:])
+        result = accumulator.compute(1)
+        assert all(x.dtype == torch.float32 for x in fields_of(result))
+        assert worst_cross_error(result, targets, predictors, w, center=center, correction=1) <= 2e-7
+    before = accumulator.state_dict()
+    for bad in ((targets + torch.nan, predictors), (targets, predictors + torch.nan)):
+        with pytest.raises(ValueError, match="has no finite"):
+            accumulator.update(*bad)
+    after = accumulator.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "center")
+
+
+def test_merge_and_state_of_two_streams() -> None:
+    targets, predictors = two_streams(300, 4, 6, torch.float64, offset=100)
+    parts = [
+        cross_accumulated(x, y, 50)
+        for x, y in zip(targets.split([10, 190, 100]), predictors.split([10, 190, 100]), strict=True)
+    ]
+    for order in ([0, 1, 2], [2, 0, 1]):
+        total = CrossCovarianceAccumulator(4, 6)
+        for k in order:
+            total.merge(parts[k])
+        result = total.compute()
+        assert worst_cross_error(result, targets, predictors) <= 1e-12
+        assert torch.equal(result.cov, result.cov.T)
+    saved = io.BytesIO()
+    torch.save(parts[1].state_dict(), saved)
+    saved.seek(0)
+    loaded = CrossCovarianceAccumulator(4, 6)
+    loaded.load_state_dict(torch.load(saved, weights_only=True))
+    loaded.merge(parts[0])
+    parts[1].merge(parts[0])
+    pairs = zip(fields_of(loaded.compute()), fields_of(parts[1].compute()), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(ValueError, match="center"):
+        CrossCovarianceAccumulator(4, 6, center=False).load_state_dict(loaded.state_dict())
+    state = {**loaded.state_dict(), "target_mean": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"state\['cross_moment'\] must be \[2, 6\]"):
+        CrossCovarianceAccumulator(2, 6).load_state_dict(state)
+    result = loaded.compute()
+    result.target_mean.add_(1)
+    assert not torch.equal(loaded.compute().target_mean, result.target_mean)
 
 
 # ------------------------------------------------------------------------------------------------ sanitizers, GPU
@@ -572,3 +900,24 @@ def test_gpu_matches_the_cpu(dtype: torch.dtype) -> None:
                 tolerance = 1e-12 if dtype == torch.float64 else 2e-5
                 assert float((got - want).abs().max()) <= tolerance * max(float(want.abs().max()), 1e-6)
                 assert torch.equal(got, got.mT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gpu_cross_covariance_matches_the_cpu(dtype: torch.dtype) -> None:
+    for shape in [(1, 1, 1), (1000, 300, 500), (5000, 130, 7)]:
+        targets, predictors = two_streams(*shape, dtype, offset=20)
+        w = torch.arange(shape[0]) % 3 + 0.5
+        for weights in (None, w):
+            want = cross_covariance(targets, predictors, weights=weights)
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
+            try:
+                on_gpu = None if weights is None else weights.cuda()
+                got = cross_covariance(targets.cuda(), predictors.cuda(), weights=on_gpu)
+            finally:
+                torch.set_float32_matmul_precision(before)
+            tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+            scale = float(want.cov.abs().max() + want.variance.max()) + 1e-6
+            for a, b in ((got.cross, want.cross), (got.variance, want.variance)):
+                assert float((a.cpu() - b).abs().max()) <= tolerance * scale

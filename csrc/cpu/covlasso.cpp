@@ -4,6 +4,8 @@
 //
 // the solution of  Theta' S Theta + lam sum_j penalty_j |Theta_j|  with Theta_i = -1, halved. With the gradient
 // g = S w - s (zero column i aside) w is optimal iff g_j = -a_j sign(w_j) on the support and |g_j| <= a_j elsewhere.
+// The covariances s may come from outside S (another network's categories). With w >= 0 asked for, g_j >= -a_j is all
+// that is needed elsewhere: positive gradients count as zero. A ridge is part of S.
 //
 // Method: block active set, that is semismooth Newton with a growth limit.
 //   1. w = inv(S_AA) (s_A - a_A sign_A) through a blocked Cholesky factor of S_AA, one register wide a block;
@@ -14,6 +16,10 @@
 //   4. no flip and no violator: the pass of step 2 is the certificate. A residual on A above tolerance is refined.
 // While the active set and its violators are few, steps 1-3 run on a gathered sub-matrix. What is not solved after 60
 // steps starts over with single pivots, which end for any positive semidefinite S. No cap on the support.
+//
+// A path of lams keeps active set, signs and factor: a step in lam starts with two triangular solves. A wanted number
+// of nonzeros is found by homotopy: between two events (a column joins, a coordinate vanishes) w and g are linear in
+// lam.
 //
 // Floor per target: one certifying pass, n k multiply-adds over 4 n k bytes of rows out of L2, and k^3 / 3 flops of
 // factorisation. Memory per thread: k^2 / 2 + O(n) values. Targets are independent; one runs on one thread, and its
@@ -37,12 +43,15 @@ constexpr int kSmallViewDivisor = 16;  // gather a sub-matrix when this many tim
 constexpr int kMaxStalled = 50;        // entries without a smaller violation, beside one a coordinate
 constexpr int kMaxSettled = 20;        // refinements of one solution among single pivots
 constexpr int kOrderAbove = 64;        // shorter active sets are not reordered: a late block costs little more
+constexpr double kEndOfPath = 0.999;   // position on a last segment that has too few nonzeros
 constexpr double kSafety = 0.85;       // part of the tolerance used here; the rest covers rounding of the certificate
 
 template <class T>
 constexpr T kPivotFloor = sizeof(T) == 4 ? T(1e-6) : T(1e-14);  // of the diagonal: smaller pivots are raised to it
 template <class T>
 constexpr T kDependent = sizeof(T) == 4 ? T(1e-5) : T(1e-12);  // of the diagonal: a smaller pivot means dependence
+template <class T>
+constexpr T kShortest = sizeof(T) == 4 ? T(1e-6) : T(1e-12);  // of lambda_max / 2: segments below are ties
 template <class T>
 constexpr T kNegativePivot = sizeof(T) == 4 ? T(1e-2) : T(1e-6);  // of the diagonal: below minus this, S is not PSD
 
@@ -152,13 +161,16 @@ T max_magnitude(const T* x, int n) {
   return top;
 }
 
-// lambda_max / 2 of target i: max over j != i of |s_j| / penalty_j.
+// lambda_max / 2: max of |s_j| / penalty_j over j != self, or of the positive s_j if nonnegative.
 template <class T>
-T largest_correlation(const T* s, const T* penalty, int n, int i) {
-  if (!penalty) return larger_of(max_magnitude(s, i), max_magnitude(s + i + 1, n - i - 1));
+T largest_correlation(const T* s, const T* penalty, int n, int self, bool nonnegative) {
+  if (!penalty && !nonnegative) {
+    if (self < 0) return max_magnitude(s, n);
+    return larger_of(max_magnitude(s, self), max_magnitude(s + self + 1, n - self - 1));
+  }
   T top = 0;
   for (int j = 0; j < n; j++)
-    if (j != i) top = larger_of(top, magnitude(s[j]) / penalty[j]);
+    if (j != self) top = larger_of(top, (nonnegative ? s[j] : magnitude(s[j])) / (penalty ? penalty[j] : T(1)));
   return top;
 }
 
@@ -410,35 +422,100 @@ class Solver {
     padded_ = blocks_of(n_, 16) * 16;
     const int room = padded_ + 64;
     for (Buffer<T>* b : {&pull_, &w_, &anchor_, &y_, &right_, &defect_, &g_, &excess_, &zeros_, &scratch_, &scratch2_,
-                         &bound_, &small_target_, &small_bound_})
+                         &bound_, &small_target_, &small_bound_, &slope_})
       b->reserve(room);
-    for (Buffer<int>* b : {&active_, &moved_, &order_, &bin_, &index_, &columns_, &filled_}) b->reserve(room);
+    for (Buffer<int>* b : {&active_, &moved_, &order_, &bin_, &index_, &columns_, &filled_, &barred_}) b->reserve(room);
     sums_.reserve(room);
     members_.reserve(room / 64 + 1);
   }
 
-  // Solves target number t of the call and writes its rows of the outputs.
+  // Solves target number t of the call along its path and writes its rows of the outputs.
   void solve(int64_t t) {
     start(t);
-    const Outcome outcome = iterate();
-    if (outcome != Outcome::converged) tidy();
-    report(t, outcome);
+    for (int64_t x = t * args_.num_lams; x < (t + 1) * args_.num_lams; x++) {
+      set_penalty(static_cast<T>(args_.lam[x] / 2));
+      if (x == t * args_.num_lams && args_.start_index) take_start(t);
+      move_penalty();
+      const Outcome outcome = iterate();
+      finish(x, outcome);
+    }
+  }
+
+  // Solves target number t at a penalty that gives `wanted.k` nonzeros.
+  void solve_top_k(int64_t t, const CovlassoTopK& wanted) {
+    start(t);
+    const Segment segment = follow_path(wanted.k);
+    const double position = segment.complete ? wanted.position : kEndOfPath;
+    set_penalty(segment.high - static_cast<T>(position) * (segment.high - segment.low));
+    move_penalty();
+    wanted.lam[t] = 2.0 * a_;
+    Outcome outcome = segment.outcome;
+    if (outcome != Outcome::capped) outcome = iterate();
+    const bool missed = k_ != wanted.k;
+    finish(t, outcome);
+    double& status = args_.info[t * kCovlassoInfoSize + kStatus];
+    if (status == kConverged && missed) status = segment.complete ? kCollinear : kTooFew;
   }
 
  private:
   void start(int64_t t) {
-    target_ = static_cast<int>(args_.targets[t]);
-    a_ = static_cast<T>(args_.lam[t] / 2);
+    const int row = static_cast<int>(args_.targets[t]);
+    self_ = args_.cross ? -1 : row;
+    cov_ = args_.cov + args_.cov_stride * t;
+    target_ = args_.cross ? args_.cross + args_.ld * row : cov_ + args_.ld * row;
+    variance_ = args_.cross ? args_.variance[row] : static_cast<double>(target_[row]) - args_.ridge;
+    penalty_ = args_.penalty ? args_.penalty + args_.penalty_stride * t : nullptr;
     k_ = 0;
     pivots_ = 0;
     semidefinite_ = true;
     precise_ = false;
-    penalty_ = args_.penalty ? args_.penalty + args_.penalty_stride * t : nullptr;
     full_view();
+    top_ = largest_correlation(target_, penalty_, n_, self_, args_.nonnegative);
+    tol_ = static_cast<T>(kSafety * args_.tol * top_);
+  }
+
+  void set_penalty(T a) {
+    a_ = a;
     if (penalty_)
       for (int j = 0; j < n_; j++) bound_[j] = a_ * penalty_[j];
-    top_ = largest_correlation(view_.target, penalty_, n_, target_);
-    tol_ = static_cast<T>(kSafety * args_.tol * top_);
+  }
+
+  T bound_of(int j) { return view_.bound ? view_.bound[j] : a_; }
+
+  // w at the present penalty with the signs as they are; the factor is that of the active set.
+  void move_penalty() {
+    for (int e = 0; e < k_; e++) {
+      pull_[e] = std::copysign(bound_of(active_[e]), pull_[e]);
+      right_[e] = view_.target[active_[e]] - pull_[e];
+    }
+    for (int b = 0; b < blocks_of(k_, W); b++) factor_.forward(b, right_, y_);
+    factor_.back(blocks_of(k_, W), y_, w_);
+  }
+
+  // The active set and signs of a solution given by the caller.
+  void take_start(int64_t t) {
+    const int32_t* index = args_.start_index + t * args_.start_capacity;
+    const T* value = args_.start_value + t * args_.start_capacity;
+    for (int x = 0; x < args_.start_count[t] && x < args_.start_capacity; x++) {
+      const int j = index[x];
+      if (j < 0 || j >= n_ || j == self_ || !(bound_of(j) <= std::numeric_limits<T>::max())) continue;
+      if (!(value[x] > 0 || (value[x] < 0 && !args_.nonnegative)) || members_[j / 64] >> (j % 64) & 1) continue;
+      members_[j / 64] |= uint64_t{1} << (j % 64);
+      active_[k_] = j;
+      pull_[k_++] = std::copysign(bound_of(j), value[x]);
+    }
+    for (int e = 0; e < k_; e++) members_[active_[e] / 64] = 0;
+    resolve(0);
+  }
+
+  // Writes the answer; what follows on a path starts from it, or from nothing where it failed.
+  void finish(int64_t x, Outcome outcome) {
+    if (outcome != Outcome::converged) tidy();
+    report(x, outcome);
+    if (outcome != Outcome::converged) k_ = 0;
+    pivots_ = 0;
+    semidefinite_ = true;
+    precise_ = false;
   }
 
   // Block steps on the present view until the certificate holds there.
@@ -520,8 +597,7 @@ class Solver {
   // ---------------------------------------------------------------- views
 
   void full_view() {
-    const T* s = args_.cov + args_.ld * target_;
-    view_ = {args_.cov, args_.ld, padded_, s, penalty_ ? static_cast<T*>(bound_) : nullptr, target_, false};
+    view_ = {cov_, args_.ld, padded_, target_, penalty_ ? static_cast<T*>(bound_) : nullptr, self_, false};
   }
 
   // Columns of the small view: the active set, then the violators; its rows are gathered when first needed.
@@ -548,7 +624,7 @@ class Solver {
   void fill_row(int j) {
     if (filled_[j]) return;
     filled_[j] = 1;
-    const T* r = args_.cov + args_.ld * columns_[j];
+    const T* r = cov_ + args_.ld * columns_[j];
     T* out = small_rows_ + view_.stride * j;
     for (int c = 0; c < num_columns_; c++) out[c] = r[columns_[c]];
     for (int c = num_columns_; c < view_.stride; c++) out[c] = 0;
@@ -646,6 +722,8 @@ class Solver {
       g_[active_[e]] = 0;
     }
     if (view_.self >= 0) g_[view_.self] = 0;
+    if (args_.nonnegative)
+      for (int j = 0; j < view_.length; j++) g_[j] = g_[j] < 0 ? g_[j] : T(0);
     return check;
   }
 
@@ -773,10 +851,111 @@ class Solver {
     for (int x = 0; x < count; x++, k_++) {
       const int j = index_[x];
       active_[k_] = j;
-      const T bound = view_.bound ? view_.bound[j] : a_;
-      pull_[k_] = g_[j] > 0 ? -bound : bound;
+      pull_[k_] = g_[j] > 0 ? -bound_of(j) : bound_of(j);
     }
     pivots_ += count;
+  }
+
+  // ---------------------------------------------------------------- homotopy
+
+  // Penalties between two events; `complete` if they give the number of nonzeros asked for.
+  struct Segment {
+    T high, low;
+    bool complete;
+    Outcome outcome;
+  };
+
+  // What ends a segment: after a has fallen by `length`, column `joining` enters or coordinate `leaving` vanishes;
+  // neither at the end of the path.
+  struct Event {
+    T length;
+    int joining, leaving;
+  };
+
+  // From lambda_max down to the first segment with `wanted` nonzeros; the state is then that at its upper end.
+  Segment follow_path(int64_t wanted) {
+    set_penalty(top_);
+    move_penalty();
+    for (int j = 0; j < n_; j++) barred_[j] = 0;
+    int left = -1;  // the column that has just left
+    while (a_ > kShortest<T> * top_ && pivots_ < args_.max_pivots) {
+      gradient();
+      const Event event = next_event(left);
+      const T low = a_ - event.length;
+      const bool visible = event.length > kShortest<T> * top_;
+      if (k_ == wanted && visible) return {a_, low, true, Outcome::converged};
+      if (event.joining < 0 && event.leaving < 0) return {a_, low, false, Outcome::converged};
+      set_penalty(low);
+      left = -1;
+      if (event.leaving >= 0) {
+        left = active_[event.leaving];
+        for (int j = 0; j < n_; j++) barred_[j] = 0;
+        move_penalty();
+        resolve(drop(event.leaving));
+      } else {
+        move_penalty();
+        g_[event.joining] += event.length * slope_[event.joining];
+        join(event.joining);
+      }
+    }
+    return {a_, 0, false, pivots_ < args_.max_pivots ? Outcome::converged : Outcome::capped};
+  }
+
+  // Column j enters at the bound, with coefficient zero; a combination of the active columns is barred instead, until
+  // one of them leaves.
+  void join(int j) {
+    const T variance = view_.row(j)[j];
+    double pivot = variance;
+    const int blocks = blocks_of(k_, W);
+    for (int e = 0; e < blocks * W; e++) scratch2_[e] = e < k_ ? view_.row(j)[active_[e]] : T(0);
+    for (int b = 0; b < blocks; b++) factor_.forward(b, scratch2_, scratch_);
+    for (int e = 0; e < k_; e++) pivot -= static_cast<double>(scratch_[e]) * scratch_[e];
+    if (!(pivot > kDependent<T> * variance)) {
+      barred_[j] = 1;
+      return;
+    }
+    index_[0] = j;
+    const int first = k_ / W;
+    add(1);
+    resolve(first);
+  }
+
+  // On the present active set w + t step and g + t slope as a falls by t.
+  Event next_event(int left) {
+    const int blocks = blocks_of(k_, W);
+    for (int e = 0; e < blocks * W; e++) scratch2_[e] = e < k_ ? pull_[e] / a_ : T(0);
+    for (int b = 0; b < blocks; b++) factor_.forward(b, scratch2_, scratch_);
+    factor_.back(blocks, scratch_, anchor_);
+    combine_rows<T>(slope_, zeros_, [&](int e) { return view_.row(active_[e]); }, anchor_, k_, view_.length);
+    Event event = {a_ * (1 - kShortest<T>), -1, -1};
+    for (int e = 0; e < k_; e++) {
+      if (!(w_[e] * pull_[e] > 0)) {
+        // At zero it follows its sign or has no place; rounding must not make a move of it.
+        if (anchor_[e] * pull_[e] < 0 && event.length > 0) event = {0, -1, e};
+      } else if (w_[e] * anchor_[e] < 0 && -w_[e] / anchor_[e] < event.length) {
+        event = {-w_[e] / anchor_[e], -1, e};
+      }
+    }
+    for (int e = 0; e < k_; e++) barred_[active_[e]] += 2;
+    for (int j = 0; j < n_; j++) excess_[j] = barred_[j] || j == self_ ? a_ : length_to_join(j, j == left);
+    for (int e = 0; e < k_; e++) barred_[active_[e]] -= 2;
+    for (int j = 0; j < n_; j++)
+      if (excess_[j] < event.length) event = {excess_[j], j, -1};
+    if (event.joining < 0 && event.leaving < 0) event.length = a_;
+    return event;
+  }
+
+  // How far a falls until |g_j| reaches the bound; that column which just left starts at the bound, moving away from
+  // it.
+  T length_to_join(int j, bool left) {
+    const T p = penalty_ ? penalty_[j] : T(1), g = g_[j], u = slope_[j], bound = a_ * p;
+    const T below = larger_of(bound + g, T(0)) / (p - u), above = larger_of(bound - g, T(0)) / (p + u);
+    const bool joins_below = p - u > kShortest<T> * p && !(left && g < 0);
+    const bool joins_above = p + u > kShortest<T> * p && !(left && g > 0) && !args_.nonnegative;
+    T length = a_;
+    if (joins_below && below < length) length = below;
+    if (joins_above && above < length) length = above;
+    return length;
   }
 
   // ---------------------------------------------------------------- result
@@ -799,12 +978,13 @@ class Solver {
   }
 
   // Writes support, coefficients and certificate. g and defect belong to the present w (examine came last).
-  void report(int64_t t, Outcome outcome) {
-    double linear = 0, curvature = 0, norm = 0;  // s'w, (S w - s)'w, sum a_j |w_j|
-    T worst = 0, reach = 0;                      // KKT violation, max |g_j| / a_j
-#pragma omp simd reduction(+ : linear, curvature, norm) reduction(max : worst, reach)
+  void report(int64_t x, Outcome outcome) {
+    double linear = 0, curvature = 0, norm = 0, squares = 0;  // s'w, (S w - s)'w, sum a_j |w_j|, |w|^2
+    T worst = 0, reach = 0;                                   // KKT violation, max |g_j| / a_j
+#pragma omp simd reduction(+ : linear, curvature, norm, squares) reduction(max : worst, reach)
     for (int e = 0; e < k_; e++) {
       const double w = w_[e], g = -defect_[e] - pull_[e];
+      squares += w * w;
       linear += (right_[e] + pull_[e]) * w;
       curvature += g * w;
       norm += magnitude(pull_[e] * w);
@@ -822,16 +1002,16 @@ class Solver {
       worst = larger_of(worst, g - a_);
       reach = larger_of(reach, g / a_);
     }
-    const double s_ii = view_.target[target_], err2 = s_ii - linear + curvature;
+    const double ridged = variance_ - linear + curvature;
     const double tau = reach > 1 ? 1.0 / reach : 1.0;  // scales the residual into the dual feasible set
-    double* info = args_.info + t * kCovlassoInfoSize;
-    info[kErr2] = err2;
-    info[kDualityGap] = err2 + 2 * norm - tau * (2 * (s_ii - linear) - tau * err2);
+    double* info = args_.info + x * kCovlassoInfoSize;
+    info[kErr2] = ridged - args_.ridge * squares;
+    info[kDualityGap] = ridged + 2 * norm - tau * (2 * (variance_ - linear) - tau * ridged);
     info[kKktViolation] = top_ > 0 ? static_cast<double>(worst) / top_ : 0.0;
     info[kPivots] = static_cast<double>(pivots_);
-    info[kStatus] = status(outcome, err2 < -1e-3 * s_ii);
+    info[kStatus] = status(outcome, ridged < -1e-3 * variance_);
     info[kLambdaMax] = 2.0 * top_;
-    write_support(t);
+    write_support(x);
   }
 
   int status(Outcome outcome, bool negative_error) const {
@@ -840,10 +1020,10 @@ class Solver {
     return outcome == Outcome::failed ? kCollinear : kConverged;
   }
 
-  void write_support(int64_t t) {
+  void write_support(int64_t x) {
     const int64_t capacity = args_.capacity;
-    int32_t* index = args_.index + t * capacity;
-    T* value = args_.value + t * capacity;
+    int32_t* index = args_.index + x * capacity;
+    T* value = args_.value + x * capacity;
     for (int e = 0; e < k_; e++) {  // sorts by a bitmap of the columns
       const int j = active_[e];
       g_[j] = w_[e];
@@ -860,16 +1040,17 @@ class Solver {
     }
     std::memset(index + count, 0, static_cast<size_t>(capacity - count) * sizeof(int32_t));
     std::memset(value + count, 0, static_cast<size_t>(capacity - count) * sizeof(T));
-    args_.count[t] = static_cast<int32_t>(count);
-    if (k_ > capacity) args_.info[t * kCovlassoInfoSize + kStatus] = kCapped;
+    args_.count[x] = static_cast<int32_t>(count);
+    if (k_ > capacity) args_.info[x * kCovlassoInfoSize + kStatus] = kCapped;
   }
 
   const CovlassoArgs<T>& args_;
   const int n_;
   int padded_ = 0;
-  int target_ = 0, k_ = 0, num_columns_ = 0;
+  int self_ = -1, k_ = 0, num_columns_ = 0;  // self: the target's own column
+  const T *cov_ = nullptr, *target_ = nullptr, *penalty_ = nullptr;
+  double variance_ = 0;
   T a_ = 0, top_ = 0, tol_ = 0;
-  const T* penalty_ = nullptr;
   int64_t pivots_ = 0;
   bool semidefinite_ = true, precise_ = false;
   View<T> view_ = {};
@@ -879,10 +1060,12 @@ class Solver {
   Buffer<T> y_, right_, defect_;  // [k] inv(R')(s_A - pull), s_A - pull, -(g + pull)
   Buffer<double> sums_;           // [n]
   Buffer<T> g_, excess_, bound_;  // [n] gradient, violations, a_j
+  Buffer<T> slope_;               // [n] change of g along the path
   Buffer<int> index_;             // [n] violators
   Buffer<int> columns_, filled_;  // [m] columns of S in the small view, rows gathered
   Buffer<T> small_rows_, small_target_, small_bound_;
   Buffer<T> zeros_, scratch_, scratch2_;
+  Buffer<int> barred_;  // [n] columns that may not join
   Buffer<int> moved_, order_, bin_;
   Buffer<uint64_t> members_;  // [n / 64] bitmap of the support
 };
@@ -891,6 +1074,11 @@ template <class T>
 void solve_range(const CovlassoArgs<T>& args, int64_t begin, int64_t end) {
   Solver<T> solver(args);
   for (int64_t t = begin; t < end; t++) solver.solve(t);
+}
+
+void solve_top_k_range(const CovlassoArgs<double>& args, const CovlassoTopK& wanted, int64_t begin, int64_t end) {
+  Solver<double> solver(args);
+  for (int64_t t = begin; t < end; t++) solver.solve_top_k(t, wanted);
 }
 
 // ------------------------------------------------------------------------------------- padding, checks, lambda_max
@@ -936,6 +1124,8 @@ ND_INLINE void pack_tile(const CovlassoPackArgs<T>& args, int64_t row, int64_t c
     upper[r] = a + b;
     defect += upper[r] - upper[r];  // NaN where an entry is not finite
   }
+  if (row == column && args.ridge > 0)
+    for (int r = 0; r < W && row + r < args.n; r++) upper[r][r] += static_cast<T>(args.ridge);
   store_tile(args, row, column, upper);
   transpose<T>(upper);
   store_tile(args, column, row, upper);
@@ -965,8 +1155,9 @@ template <class T>
 void lambda_max_range(const CovlassoArgs<T>& args, double* lambda_max, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; t++) {
     const T* penalty = args.penalty ? args.penalty + args.penalty_stride * t : nullptr;
-    lambda_max[t] = 2.0 * largest_correlation(args.cov + args.ld * args.targets[t], penalty, static_cast<int>(args.n),
-                                              static_cast<int>(args.targets[t]));
+    const T* row = (args.cross ? args.cross : args.cov) + args.ld * args.targets[t];
+    lambda_max[t] = 2.0 * largest_correlation(row, penalty, static_cast<int>(args.n),
+                                              args.cross ? -1 : static_cast<int>(args.targets[t]), args.nonnegative);
   }
 }
 
@@ -974,6 +1165,9 @@ void lambda_max_range(const CovlassoArgs<T>& args, double* lambda_max, int64_t b
 
 void covlasso_f32(const CovlassoArgs<float>& args, int64_t begin, int64_t end) { solve_range(args, begin, end); }
 void covlasso_f64(const CovlassoArgs<double>& args, int64_t begin, int64_t end) { solve_range(args, begin, end); }
+void covlasso_top_k_f64(const CovlassoArgs<double>& args, const CovlassoTopK& wanted, int64_t begin, int64_t end) {
+  solve_top_k_range(args, wanted, begin, end);
+}
 void covlasso_pack_f32(const CovlassoPackArgs<float>& args, int64_t begin, int64_t end) {
   pack_range(args, begin, end);
 }

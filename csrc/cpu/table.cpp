@@ -4,17 +4,18 @@
 
 #include "neuraldeps/cpu_api.h"
 
-#define ND_KERNELS(X)  \
-  X(covlasso_f32)      \
-  X(covlasso_f64)      \
-  X(covlasso_pack_f32) \
-  X(covlasso_pack_f64) \
-  X(lambda_max_f32)    \
-  X(lambda_max_f64)    \
-  X(moments_plan)      \
-  X(moments_start)     \
-  X(moments_pack)      \
-  X(moments_multiply)  \
+#define ND_KERNELS(X)   \
+  X(covlasso_f32)       \
+  X(covlasso_f64)       \
+  X(covlasso_top_k_f64) \
+  X(covlasso_pack_f32)  \
+  X(covlasso_pack_f64)  \
+  X(lambda_max_f32)     \
+  X(lambda_max_f64)     \
+  X(moments_plan)       \
+  X(moments_start)      \
+  X(moments_pack)       \
+  X(moments_multiply)   \
   X(moments_finish)
 
 #define ND_DECLARE(name) std::remove_pointer_t<decltype(Kernels::name)> name;

@@ -4,130 +4,68 @@ For target i, with the coefficient of i itself pinned to -1, so that Theta' f is
 
     Theta_i(lam) = argmin  Theta' S Theta + lam * sum_j penalty_j |Theta_j|
 
-There is no factor 1/2: lam is twice the alpha of `sklearn.linear_model.Lasso`. The solution is exact (block active set,
-csrc/cpu/covlasso.cpp), any number of coefficients may be nonzero, and every target carries a certificate. Source:
-papers on neural dependencies state the problem; solver, certificate and gradient are ours.
+There is no factor 1/2: lam is twice the alpha of `sklearn.linear_model.Lasso`. The target may also belong to another
+network (`CrossCovariance`), the coefficients may be kept nonnegative, and a ridge may be added. The solution is exact
+(block active set, csrc/cpu/covlasso.cpp), any number of coefficients may be nonzero, and every target carries a
+certificate. Source: papers on neural dependencies state the problem; solver, path, certificate and gradient are ours.
 """
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from neuraldeps_kernels.ops.covariance import CrossCovariance
+from neuraldeps_kernels.ops.covlasso_rules import INFO_FIELDS, Solved, Start, lambda_max_of, solve_targets
+from neuraldeps_kernels.ops.covlasso_solution import (
+    STATUS_NAMES,
+    CovLassoPath,
+    CovLassoSolution,
+    csr,
+    dense_rows,
+    ranges,
+)
 from neuraldeps_kernels.profiling import annotated
-from neuraldeps_kernels.reference import covlasso as reference
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-_log = logging.getLogger("neuraldeps_kernels")
 
-STATUS_NAMES = ("converged", "capped", "collinear", "not_psd")
-_INFO_FIELDS = ("err2", "duality_gap", "kkt_violation", "n_pivots", "status", "lambda_max")
 _CHUNK = 1 << 24  # padded coefficients held at once
+_FULL_SUPPORT = 4096  # predictors up to which every support finds room at once
+_FIRST_SUPPORT = 1024  # coefficients a problem may have at first, beyond that many predictors
+
+__all__ = [
+    "STATUS_NAMES",
+    "CovLassoPath",
+    "CovLassoSolution",
+    "covlasso",
+    "covlasso_path",
+    "covlasso_top_k",
+    "lambda_max",
+    "solve_targets",
+]
 
 Scalar = float | int
-
-
-@dataclass(frozen=True, eq=False)
-class CovLassoSolution:
-    """Solutions of T CovLasso problems over n categories, one row per target.
-
-    Attributes:
-        coefficients: [T, n] sparse CSR, columns increasing, dtype of the covariance; the pinned -1 is left out.
-        targets: [T] int64.
-        lam: [T] float64, the penalty of each target.
-        lambda_max: [T] float64, the smallest penalty without any nonzero coefficient.
-        err2: [T] float64, mean squared residual `Theta' S Theta`; differentiable where the coefficients are.
-        relative_error: [T] float64, `err2 / S_ii`; 0 for a target of zero variance.
-        n_nonzero: [T] int64.
-        duality_gap: [T] float64, objective minus dual bound, in squared logit units; rounding may leave it slightly
-            negative.
-        kkt_violation: [T] float64, the largest violation of the optimality conditions over `lambda_max / 2`.
-        n_pivots: [T] int64, coordinates that entered or left on the way.
-        status: [T] int64, index into `STATUS_NAMES`: 0 converged; 1 capped (`max_pivots` reached); 2 collinear (the
-            tolerance is out of reach because predictors of the support are linearly dependent to rounding); 3 not_psd
-            (the covariance is not positive semidefinite where it matters, so there may be no minimum).
-    """
-
-    coefficients: Tensor
-    targets: Tensor
-    lam: Tensor
-    lambda_max: Tensor
-    err2: Tensor
-    relative_error: Tensor
-    n_nonzero: Tensor
-    duality_gap: Tensor
-    kkt_violation: Tensor
-    n_pivots: Tensor
-    status: Tensor
-
-    @property
-    def status_names(self) -> list[str]:
-        """One of "converged", "capped", "collinear", "not_psd" per target."""
-        return [STATUS_NAMES[code] for code in self.status.tolist()]
-
-    @cached_property
-    def _dense(self) -> Tensor:
-        return _dense_rows(self.coefficients)
-
-    def dense(self) -> Tensor:
-        """The coefficients as a dense [T, n] tensor, zero at the targets themselves."""
-        return self._dense
-
-    def predict(self, x: Tensor, mean: Tensor | None = None) -> Tensor:
-        """Predicted logits of the targets.
-
-        Args:
-            x: [N, n] logits.
-            mean: [n] mean logits. With it `mean_i + sum_j theta_j (x_j - mean_j)` is returned, as fits a centred
-                covariance; without it `sum_j theta_j x_j`.
-
-        Returns:
-            [N, T], dtype of `x`.
-
-        Raises:
-            ValueError: `x` or `mean` does not have n columns.
-        """
-        n = self.coefficients.shape[1]
-        if x.dim() != 2 or x.shape[1] != n:
-            raise ValueError(f"x must be [N, {n}], not {list(x.shape)}")
-        if mean is not None and mean.shape != (n,):
-            raise ValueError(f"mean must be [{n}], not {list(mean.shape)}")
-        theta = self.dense().to(x.dtype)
-        if mean is None:
-            return x @ theta.T
-        mean = mean.to(x)
-        return mean[self.targets] + (x - mean) @ theta.T
-
-
-def _dense_rows(coefficients: Tensor) -> Tensor:
-    rows = torch.repeat_interleave(coefficients.crow_indices().diff())
-    flat = rows * coefficients.shape[1] + coefficients.col_indices()
-    zeros = coefficients.values().new_zeros(coefficients.shape[0] * coefficients.shape[1])
-    return zeros.index_put((flat,), coefficients.values()).view(coefficients.shape)
+Covariance = Tensor | CrossCovariance
 
 
 @annotated
 def lambda_max(
-    cov: Tensor,
+    cov: Covariance,
     targets: Tensor | Sequence[int] | None = None,
     *,
     candidates: Tensor | None = None,
     penalty_factors: Tensor | None = None,
+    nonnegative: bool = False,
 ) -> Tensor:
     """The smallest penalty of each target at which no coefficient is nonzero: `2 max_j |S_ij| / penalty_j` over j != i.
 
     Args:
-        cov: [n, n] covariance, float32 or float64 (float16 and bfloat16 are computed in float32).
-        targets: [T] categories, default all n.
-        candidates: bool [n] or [T, n], the categories that may be predictors; default all.
-        penalty_factors: [n], positive; default ones.
+        cov, targets, candidates, penalty_factors: as in `covlasso`.
+        nonnegative: of coefficients that may not be negative: the maximum of `S_ij`, not of its magnitude.
 
     Returns:
         [T] float64, differentiable in `cov`; 0 where a target is uncorrelated with every candidate.
@@ -135,39 +73,46 @@ def lambda_max(
     Raises:
         ValueError, TypeError: as `covlasso`.
     """
-    cov = _checked_covariance(cov)
-    indices = _checked_targets(targets, cov)
-    return _LambdaMax.apply(cov, indices, _penalty(cov, indices, candidates, penalty_factors))  # type: ignore[no-any-return, no-untyped-call]
+    return _checked_problem(cov, targets, candidates, penalty_factors, nonnegative).lambda_max()
 
 
 @annotated
 def covlasso(
-    cov: Tensor,
+    cov: Covariance,
     lam: Tensor | Scalar | None = None,
     *,
     lam_ratio: Tensor | Scalar | None = None,
     targets: Tensor | Sequence[int] | None = None,
     candidates: Tensor | None = None,
     penalty_factors: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
     tol: float = 1e-6,
     max_pivots: int | None = None,
+    warm_start: CovLassoSolution | None = None,
 ) -> CovLassoSolution:
     """Solves CovLasso for many targets from one covariance.
 
     Args:
         cov: [n, n] covariance of the logits, symmetric positive semidefinite, in squared logit units. float32 and
             float64 are solved as they are; float16 and bfloat16 are computed in float32. Entries may differ from their
-            mirror image by 1e-5 of the largest variance; their mean is used.
+            mirror image by 1e-5 of the largest variance; their mean is used. Or a `CrossCovariance`: its n targets are
+            then explained by its m predictors, and "n" below is m.
         lam: penalty, a positive number or [T]; squared logit units, twice the alpha of scikit-learn.
         lam_ratio: penalty as a fraction of each target's `lambda_max`, a positive number or [T]. Exactly one of `lam`
             and `lam_ratio` is given.
-        targets: [T] categories to explain, default all n; a repeated target is solved again.
+        targets: [T] categories to explain, default all; a repeated target is solved again.
         candidates: bool [n] or [T, n], True where a category may be a predictor; default all. The target itself never
             is, whatever the mask says, and a target without candidates has an empty support.
         penalty_factors: [n], positive multiples of the penalty of each category; default ones.
+        nonnegative: only coefficients >= 0.
+        ridge: adds `ridge * sum_j Theta_j^2` over the predictors to what is minimised (elastic net; squared logit
+            units, as a diagonal of the covariance).
         tol: KKT violation allowed, relative to `lambda_max / 2`. float32 reaches about 1e-6, float64 1e-12.
         max_pivots: coordinates that may enter or leave before a target is given up as capped, default
             `10000 + 20 n`.
+        warm_start: a solution of as many targets over the same predictors, whose supports and signs are started from,
+            such as that of a slightly different covariance. It changes the time, not the result.
 
     Returns:
         CovLassoSolution. Its coefficients and `err2` are differentiable in `cov` and `lam` (implicit gradient on the
@@ -176,65 +121,258 @@ def covlasso(
 
     Raises:
         ValueError: `cov` is not square, not symmetric, not finite or has a negative diagonal; `lam` or `lam_ratio` is
-            not positive and finite, or both or none is given; a target is out of range; a shape does not
-            fit. On CUDA values are not checked, as that would make the host wait: a covariance with NaN
+            not positive and finite, or both or none is given; `ridge` is negative; a target is out of range; a shape
+            does not fit. On CUDA values are not checked, as that would make the host wait: a covariance with NaN
             comes back with a status other than converged.
         TypeError: an argument has the wrong dtype.
 
     The number of nonzeros depends on the data, so a call on CUDA waits once for the result, like `torch.nonzero`; the
     operator `torch.ops.neuraldeps.covlasso` below it never does.
     """
-    cov = _checked_covariance(cov)
-    indices = _checked_targets(targets, cov)
-    _check_penalty_choice(lam, lam_ratio)
-    if not tol > 0:
-        raise ValueError(f"tol must be positive, not {tol}")
-    n, num_targets = cov.shape[0], len(indices)
-    pivots = 10_000 + 20 * n if max_pivots is None else max_pivots
-    if pivots < 1:
-        raise ValueError(f"max_pivots must be at least 1, not {max_pivots}")
-    penalty = _penalty(cov, indices, candidates, penalty_factors)
+    problem = _checked_problem(cov, targets, candidates, penalty_factors, nonnegative, ridge)
+    limits = _checked_limits(problem, tol, max_pivots)
+    if (lam is None) == (lam_ratio is None):
+        given = "none" if lam is None else "both"
+        raise ValueError(f"exactly one of lam and lam_ratio must be given, not {given}")
     if lam_ratio is None:
-        lams = _per_target("lam", lam, num_targets, cov)
+        lams = _per_target("lam", lam, problem)
     else:
-        top: Tensor = _LambdaMax.apply(cov, indices, penalty)  # type: ignore[no-untyped-call]
-        lams = _per_target("lam_ratio", lam_ratio, num_targets, cov) * top
-
-    capacity = max(n - 1, 1)
-    chunk = max(1, _CHUNK // capacity)
-    parts = []
-    for t in range(0, num_targets, chunk):
-        rows = slice(t, t + chunk)
-        parts.append(_solve_compact(cov, indices[rows], lams[rows], _rows(penalty, rows), tol, pivots, capacity))
-    return _solution(cov, indices, lams, parts)
+        lams = _per_target("lam_ratio", lam_ratio, problem) * problem.lambda_max()
+    return _solved(problem, lams, limits, warm_start)
 
 
-def solve_targets(
-    cov: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None, tol: float, max_pivots: int, capacity: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`torch.ops.neuraldeps.covlasso` with a gradient that `torch.func` transforms understand, of static shape.
+@annotated
+def covlasso_path(
+    cov: Covariance,
+    *,
+    n_lambdas: int = 20,
+    lam_min_ratio: float = 1e-2,
+    lams: Tensor | Sequence[float] | None = None,
+    targets: Tensor | Sequence[int] | None = None,
+    candidates: Tensor | None = None,
+    penalty_factors: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
+    tol: float = 1e-6,
+    max_pivots: int | None = None,
+    warm_start: CovLassoSolution | None = None,
+) -> CovLassoPath:
+    """Solves CovLasso for many targets along decreasing penalties, each solution the start of the next.
 
     Args:
-        cov: [n, n] float32 or float64.
-        targets: [T] int64.
-        lam: [T] float64.
-        penalty: [n] or [T, n] of the dtype of `cov`, infinite where a category is no candidate; None: ones.
-        tol, max_pivots: as in `covlasso`.
-        capacity: coefficients stored per target; n - 1 holds every support.
+        cov, targets, candidates, penalty_factors, nonnegative, ridge, tol, warm_start: as in `covlasso`.
+        n_lambdas: number of penalties L, spaced geometrically from each target's `lambda_max` (no coefficient yet) to
+            `lam_min_ratio` times that.
+        lam_min_ratio: in (0, 1).
+        lams: [L], or [T, L] with penalties for every target, positive and strictly decreasing; replaces the two above.
+        max_pivots: as in `covlasso`, for every step from one penalty to the next.
 
     Returns:
-        value [T, capacity], index [T, capacity] int32, count [T] int32, info [T, 6] float64 (err2, duality_gap,
-        kkt_violation, n_pivots, status, lambda_max). Rows are zero beyond `count`; a cut support has status capped.
+        CovLassoPath. Differentiable as the result of `covlasso`. Every solution is certified by itself; one that is
+        not converged is not carried on to the next penalty.
+
+    Raises:
+        ValueError: `lams` is empty, not positive or not strictly decreasing; `n_lambdas` is below 1; `lam_min_ratio`
+            is not between 0 and 1; and as `covlasso`.
+        TypeError: as `covlasso`.
     """
-    return _SolveTargets.apply(cov, targets, lam, penalty, tol, max_pivots, capacity)  # type: ignore[no-any-return, no-untyped-call]
+    problem = _checked_problem(cov, targets, candidates, penalty_factors, nonnegative, ridge)
+    limits = _checked_limits(problem, tol, max_pivots)
+    grid = _geometric_grid(problem, n_lambdas, lam_min_ratio) if lams is None else _checked_grid(lams, problem)
+    solution = _solved(problem, grid, limits, warm_start)
+    return CovLassoPath(
+        coefficients=solution.coefficients,
+        targets=solution.targets,
+        lams=grid,
+        lambda_max=solution.lambda_max[:, 0],
+        err2=solution.err2,
+        relative_error=solution.relative_error,
+        n_nonzero=solution.n_nonzero,
+        duality_gap=solution.duality_gap,
+        kkt_violation=solution.kkt_violation,
+        n_pivots=solution.n_pivots,
+        status=solution.status,
+    )
+
+
+@annotated
+def covlasso_top_k(
+    cov: Covariance,
+    k: int,
+    *,
+    position: float = 1e-3,
+    targets: Tensor | Sequence[int] | None = None,
+    candidates: Tensor | None = None,
+    penalty_factors: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
+    tol: float = 1e-6,
+    max_pivots: int | None = None,
+) -> CovLassoSolution:
+    """Solves CovLasso for many targets, each at the largest penalty that gives exactly k nonzero coefficients.
+
+    The path is followed from `lambda_max` down (homotopy, in float64) to the first segment (low, high) on which k
+    coefficients are nonzero. At `high` the k-th of them is still zero, so the largest penalty itself does not exist;
+    the solution is that at `high - position (high - low)`. The number of nonzeros may fall and rise along a path: k
+    nonzeros may occur again at smaller penalties.
+
+    Args:
+        cov, targets, candidates, penalty_factors, nonnegative, ridge, tol: as in `covlasso`.
+        k: number of nonzeros, from 1 to the number of candidates.
+        position: where on the segment, in (0, 1): near 0 the largest penalty, near 1 the best fit with k nonzeros
+            before the next one changes.
+        max_pivots: coordinates that may enter or leave on the whole path.
+
+    Returns:
+        CovLassoSolution, `lam` chosen as above. Status "too_few" where no penalty gives k nonzeros, because the
+        covariance has a smaller rank, or fewer categories correlate with the target; the coefficients are then those at
+        the end of the path. Differentiable in `cov` at the `lam` found, which counts as a constant.
+
+    Raises:
+        ValueError: `k` is not between 1 and the number of candidates of every target, `position` not between 0 and 1;
+            and as `covlasso`.
+        TypeError: as `covlasso`.
+    """
+    problem = _checked_problem(cov, targets, candidates, penalty_factors, nonnegative, ridge)
+    limits = _checked_limits(problem, tol, max_pivots)
+    _check_count(k, problem)
+    if not 0 < position < 1:
+        raise ValueError(f"position must be between 0 and 1, not {position}")
+    found: list[Tensor] = []
+
+    exact = problem.in_float64()
+
+    def follow(rows: Tensor, _: int) -> Solved:
+        targets, penalty, cross, variance = exact.rows(rows)
+        options = (penalty, tol, limits.max_pivots, position, cross, variance, exact.nonnegative, exact.ridge)
+        value, index, count, info, lam = torch.ops.neuraldeps.covlasso_top_k(exact.cov, targets, k, *options)
+        found.append(lam)
+        return value.to(problem.cov.dtype), index, count, info
+
+    with torch.no_grad():
+        parts = _solve_in_chunks(problem, 1, limits.max_pivots, follow, full=k)
+        lams = torch.cat(found) if found else problem.cov.new_empty(0, dtype=torch.float64)
+        solution = _solution(problem, lams, parts)
+    if not (torch.is_grad_enabled() and problem.requires_grad()):
+        return solution
+    attached = covlasso(
+        cov,
+        lams.clamp_min(torch.finfo(torch.float64).tiny),
+        targets=problem.targets,
+        candidates=candidates,
+        penalty_factors=penalty_factors,
+        nonnegative=nonnegative,
+        ridge=ridge,
+        tol=tol,
+        max_pivots=max_pivots,
+        warm_start=solution,
+    )
+    return replace(attached, lam=lams, status=torch.where(solution.status == 4, solution.status, attached.status))
+
+
+# ------------------------------------------------------------------------------------------------ the problem
+
+
+@dataclass(frozen=True)
+class _Limits:
+    tol: float
+    max_pivots: int
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Checked arguments. Without cross the targets count rows of cov, else rows of cross [m, n] and variance [m]."""
+
+    cov: Tensor  # [n, n]
+    cross: Tensor | None
+    variance: Tensor | None  # float64
+    targets: Tensor  # [T] int64
+    penalty: Tensor | None  # [n] or [T, n], infinite for what is no candidate
+    nonnegative: bool
+    ridge: float
+
+    @property
+    def n(self) -> int:
+        return self.cov.shape[1]
+
+    @property
+    def max_support(self) -> int:
+        return self.n if self.cross is not None else max(self.n - 1, 1)
+
+    def lambda_max(self) -> Tensor:
+        """[T] float64."""
+        return lambda_max_of(self.cov, self.targets, self.penalty, self.cross, self.nonnegative)
+
+    def variances(self) -> Tensor:
+        """[T] float64, of the targets."""
+        if self.variance is not None:
+            return self.variance[self.targets]
+        return self.cov.diagonal()[self.targets].double()
+
+    def rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Targets, penalty, cross and variance of some of the targets."""
+        penalty = self.penalty if self.penalty is None or self.penalty.dim() == 1 else self.penalty[rows]
+        return self.targets[rows], penalty, self.cross, self.variance
+
+    def in_float64(self) -> _Problem:
+        def double(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.double()
+
+        return replace(self, cov=self.cov.double(), cross=double(self.cross), penalty=double(self.penalty))
+
+    def requires_grad(self) -> bool:
+        return self.cov.requires_grad or (self.cross is not None and self.cross.requires_grad)
+
+    def quadratic_error(self, theta: Tensor) -> Tensor:
+        """err2 of dense coefficients theta [T * L, n], differentiable: [T * L] float64."""
+        lams = theta.shape[0] // max(1, len(self.targets))
+        of = self.targets.repeat_interleave(lams)
+        own = (theta @ self.cov * theta).sum(1).double()
+        c = self.cov[of] if self.cross is None else self.cross[of]
+        return self.variances().repeat_interleave(lams) - 2 * (c * theta).sum(1).double() + own
 
 
 # ------------------------------------------------------------------------------------------------ argument checks
 
 
+def _checked_problem(
+    cov: Covariance,
+    targets: Tensor | Sequence[int] | None,
+    candidates: Tensor | None,
+    penalty_factors: Tensor | None,
+    nonnegative: bool,
+    ridge: float = 0.0,
+) -> _Problem:
+    cross = variance = None
+    excluded = False
+    if isinstance(cov, CrossCovariance):
+        matrix, cross, excluded = _checked_covariance(cov.cov), cov.cross.to(cov.cov.dtype), cov.exclude_same
+        cross, variance = cross.to(matrix.dtype), cov.variance.double()
+    else:
+        matrix = _checked_covariance(cov)
+    if not 0 <= ridge < float("inf"):
+        raise ValueError(f"ridge must be finite and not negative, not {ridge}")
+    indices = _checked_targets(targets, matrix if cross is None else cross)
+    penalty = _penalty(matrix, len(indices), candidates, penalty_factors)
+    if excluded:
+        ones = matrix.new_ones(()) if penalty is None else penalty
+        same = indices[:, None] == torch.arange(matrix.shape[1], device=matrix.device)
+        penalty = torch.where(same, torch.inf, ones)
+    return _Problem(matrix, cross, variance, indices, penalty, bool(nonnegative), float(ridge))
+
+
+def _checked_limits(problem: _Problem, tol: float, max_pivots: int | None) -> _Limits:
+    if not tol > 0:
+        raise ValueError(f"tol must be positive, not {tol}")
+    pivots = 10_000 + 20 * problem.n if max_pivots is None else max_pivots
+    if pivots < 1:
+        raise ValueError(f"max_pivots must be at least 1, not {max_pivots}")
+    return _Limits(tol, pivots)
+
+
 def _checked_covariance(cov: Tensor) -> Tensor:
     if not isinstance(cov, Tensor):
-        raise TypeError(f"cov must be a torch.Tensor, not {type(cov).__name__}")
+        raise TypeError(f"cov must be a torch.Tensor or a CrossCovariance, not {type(cov).__name__}")
     if cov.dim() != 2 or cov.shape[0] != cov.shape[1]:
         raise ValueError(f"cov must be a square matrix [n, n], not {list(cov.shape)}")
     if cov.shape[0] == 0:
@@ -252,6 +390,7 @@ def _check_device(name: str, value: object, cov: Tensor) -> None:
 
 
 def _checked_targets(targets: Tensor | Sequence[int] | None, cov: Tensor) -> Tensor:
+    """[T] int64, each a row of `cov`."""
     n = cov.shape[0]
     if targets is None:
         return torch.arange(n, device=cov.device)
@@ -270,18 +409,13 @@ def _checked_targets(targets: Tensor | Sequence[int] | None, cov: Tensor) -> Ten
     return indices
 
 
-def _check_penalty_choice(lam: object, lam_ratio: object) -> None:
-    if (lam is None) == (lam_ratio is None):
-        given = "none" if lam is None else "both"
-        raise ValueError(f"exactly one of lam and lam_ratio must be given, not {given}")
-
-
-def _per_target(name: str, value: Tensor | Scalar | None, num_targets: int, cov: Tensor) -> Tensor:
-    """`value` as a float64 tensor [T] on the device of `cov`, positive and finite."""
+def _per_target(name: str, value: Tensor | Scalar | None, problem: _Problem) -> Tensor:
+    """`value` as a float64 tensor [T] on the device of the covariance, positive and finite."""
+    num_targets = len(problem.targets)
     if isinstance(value, str):
         raise TypeError(f"{name} must be a number or a tensor, not {value!r}")
-    _check_device(name, value, cov)
-    given = torch.as_tensor(value, dtype=torch.float64, device=cov.device)
+    _check_device(name, value, problem.cov)
+    given = torch.as_tensor(value, dtype=torch.float64, device=problem.cov.device)
     if given.dim() > 1 or (given.dim() == 1 and given.shape[0] != num_targets):
         raise ValueError(f"{name} must be a number or [{num_targets}], not {list(given.shape)}")
     if given.device.type == "cpu" and not bool(((given > 0) & given.isfinite()).all()):
@@ -289,9 +423,69 @@ def _per_target(name: str, value: Tensor | Scalar | None, num_targets: int, cov:
     return given.expand(num_targets)
 
 
-def _penalty(cov: Tensor, targets: Tensor, candidates: Tensor | None, penalty_factors: Tensor | None) -> Tensor | None:
+def _geometric_grid(problem: _Problem, n_lambdas: int, lam_min_ratio: float) -> Tensor:
+    """[T, L] from lambda_max down to lam_min_ratio of it."""
+    if n_lambdas < 1:
+        raise ValueError(f"n_lambdas must be at least 1, not {n_lambdas}")
+    if not 0 < lam_min_ratio < 1:
+        raise ValueError(f"lam_min_ratio must be between 0 and 1, not {lam_min_ratio}")
+    steps = torch.linspace(0, 1, n_lambdas, dtype=torch.float64, device=problem.cov.device)
+    return problem.lambda_max()[:, None] * lam_min_ratio**steps
+
+
+def _checked_grid(lams: Tensor | Sequence[float], problem: _Problem) -> Tensor:
+    num_targets = len(problem.targets)
+    _check_device("lams", lams, problem.cov)
+    grid = torch.as_tensor(lams, dtype=torch.float64, device=problem.cov.device)
+    if grid.dim() not in (1, 2) or grid.shape[-1] == 0 or (grid.dim() == 2 and grid.shape[0] != num_targets):
+        raise ValueError(f"lams must be [L] or [{num_targets}, L] with L >= 1, not {list(grid.shape)}")
+    if grid.device.type == "cpu":
+        if not bool(((grid > 0) & grid.isfinite()).all()):
+            raise ValueError(f"lams must be positive and finite, not {lams}")
+        if not bool((grid.diff() < 0).all()):
+            raise ValueError(f"lams must be strictly decreasing, not {lams}")
+    return grid.expand(num_targets, -1)
+
+
+def _check_count(k: int, problem: _Problem) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an integer, not {type(k).__name__}")
+    most = problem.n if problem.cross is not None else problem.n - 1
+    if problem.penalty is not None and problem.cov.device.type == "cpu" and len(problem.targets):
+        allowed = problem.penalty.isfinite().expand(len(problem.targets), problem.n)
+        number = allowed.sum(1)
+        if problem.cross is None:
+            number = number - allowed.gather(1, problem.targets[:, None])[:, 0].long()
+        most = int(number.min())
+    if not 1 <= k <= most:
+        raise ValueError(f"k must be from 1 to the number of candidates, {most}, not {k}")
+
+
+def _padded_start(warm_start: CovLassoSolution | None, problem: _Problem) -> Start | None:
+    """Coefficients [T, c], columns [T, c] and their number [T] of a solution."""
+    if warm_start is None:
+        return None
+    if not isinstance(warm_start, CovLassoSolution):
+        raise TypeError(f"warm_start must be a CovLassoSolution, not {type(warm_start).__name__}")
+    given, expected = list(warm_start.coefficients.shape), [len(problem.targets), problem.n]
+    if given != expected:
+        raise ValueError(f"warm_start has coefficients {given}; expected {expected}")
+    _check_device("warm_start", warm_start.coefficients, problem.cov)
+    crow = warm_start.coefficients.crow_indices()
+    count = crow.diff()
+    width = int(count.max()) if len(count) else 0
+    rows = torch.repeat_interleave(count)
+    place = torch.arange(len(rows), device=rows.device) - crow[rows]
+    value = problem.cov.new_zeros(len(count), width)
+    index = torch.zeros(len(count), width, dtype=torch.int32, device=value.device)
+    value[rows, place] = warm_start.coefficients.values().detach().to(value.dtype)
+    index[rows, place] = warm_start.coefficients.col_indices().int()
+    return value, index, count.int()
+
+
+def _penalty(cov: Tensor, num_targets: int, candidates: Tensor | None, penalty_factors: Tensor | None) -> Tensor | None:
     """Penalty factors [n] or [T, n] in the dtype of `cov`, infinite for what is no candidate; None: all ones."""
-    n, num_targets, on_cpu = cov.shape[0], len(targets), cov.device.type == "cpu"
+    n, on_cpu = cov.shape[0], cov.device.type == "cpu"
     factors = None
     if penalty_factors is not None:
         _check_device("penalty_factors", penalty_factors, cov)
@@ -314,50 +508,94 @@ def _penalty(cov: Tensor, targets: Tensor, candidates: Tensor | None, penalty_fa
 
 # ------------------------------------------------------------------------------------------------ solving
 
-
-def _rows(penalty: Tensor | None, rows: slice) -> Tensor | None:
-    return penalty if penalty is None or penalty.dim() == 1 else penalty[rows]
+Solve = Callable[[Tensor, int], Solved]  # (numbers of the targets, capacity)
 
 
-_Compact = tuple[Tensor, Tensor, Tensor, Tensor]
+def _solved(problem: _Problem, lams: Tensor, limits: _Limits, warm_start: CovLassoSolution | None) -> CovLassoSolution:
+    """At lams [T], or along lams [T, L]."""
+    start = _padded_start(warm_start, problem)
+
+    def solve(rows: Tensor, capacity: int) -> Solved:
+        targets, penalty, cross, variance = problem.rows(rows)
+        of_rows = None if start is None else tuple(x[rows] for x in start)
+        return solve_targets(
+            problem.cov,
+            targets,
+            lams[rows],
+            penalty,
+            limits.tol,
+            limits.max_pivots,
+            capacity,
+            cross,
+            variance,
+            problem.nonnegative,
+            problem.ridge,
+            of_rows,
+        )
+
+    per_target = lams.shape[1] if lams.dim() == 2 else 1
+    return _solution(problem, lams, _solve_in_chunks(problem, per_target, limits.max_pivots, solve))
 
 
-def _solve_compact(
-    cov: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None, tol: float, max_pivots: int, capacity: int
-) -> _Compact:
-    """Column [nnz], value [nnz], count [T] and info [T, 6] of a chunk of targets."""
-    value, index, count, info = solve_targets(cov, targets, lam, penalty, tol, max_pivots, capacity)
-    count = count.long()
-    end = count.cumsum(0)
-    row_start = torch.arange(len(count), device=count.device) * capacity - (end - count)
-    flat = torch.repeat_interleave(row_start, count)
-    flat += torch.arange(len(flat), device=flat.device)
-    return index.view(-1)[flat], value.reshape(-1)[flat], count, info
+@dataclass(frozen=True)
+class _Part:
+    """Compact solutions of some targets."""
+
+    targets: Tensor  # [R] their numbers
+    column: Tensor  # [nnz]
+    value: Tensor  # [nnz]
+    count: Tensor  # [R * L]
+    info: Tensor  # [R * L, 6]
 
 
-def _solution(cov: Tensor, targets: Tensor, lam: Tensor, parts: list[_Compact]) -> CovLassoSolution:
-    empty = (cov.new_empty(0, dtype=torch.int32), cov.new_empty(0), targets[:0], lam.new_empty(0, len(_INFO_FIELDS)))
-    column, value, count, info = (torch.cat(tensors) for tensors in zip(*(parts or [empty]), strict=True))
-    crow = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    coefficients = torch.sparse_csr_tensor(
-        crow, column.long(), value, (len(targets), cov.shape[0]), check_invariants=False
-    )
-    fields = dict(zip(_INFO_FIELDS, info.unbind(1), strict=True))
+def _solve_in_chunks(problem: _Problem, num_lams: int, max_pivots: int, solve: Solve, full: int = 0) -> list[_Part]:
+    """Solutions of all targets, in chunks that bound the memory. A support finds `full` places, default as many as it
+    can need; of those, where n is large, fewer at first: what they do not hold is solved again.
+    """
+    capacity = full or (problem.max_support if problem.n <= _FULL_SUPPORT else _FIRST_SUPPORT)
+    full = full or problem.max_support
+    rows = torch.arange(len(problem.targets), device=problem.cov.device)
+    parts: list[_Part] = []
+    while len(rows):
+        chunk = max(1, _CHUNK // (num_lams * capacity))
+        overflowed = []
+        for first in range(0, len(rows), chunk):
+            some = rows[first : first + chunk]
+            value, index, count, info = solve(some, capacity)
+            if capacity < full:
+                status, pivots = info[..., INFO_FIELDS.index("status")], info[..., INFO_FIELDS.index("n_pivots")]
+                cut = ((status == 1) & (pivots < max_pivots)).view(len(some), -1).any(1)
+                overflowed.append(some[cut])
+                some, value, index, count, info = some[~cut], value[~cut], index[~cut], count[~cut], info[~cut]
+            parts.append(_compact(some, value, index, count, info))
+        rows = torch.cat(overflowed) if overflowed else rows[:0]
+        capacity = min(full, 4 * capacity)
+    return parts
+
+
+def _compact(targets: Tensor, value: Tensor, index: Tensor, count: Tensor, info: Tensor) -> _Part:
+    capacity, count = value.shape[-1], count.reshape(-1).long()
+    flat = ranges(torch.arange(len(count), device=count.device) * capacity, count)
+    return _Part(targets, index.reshape(-1)[flat], value.reshape(-1)[flat], count, info.reshape(-1, len(INFO_FIELDS)))
+
+
+def _solution(problem: _Problem, lams: Tensor, parts: list[_Part]) -> CovLassoSolution:
+    """Fields [T], or [T, L] for lams [T, L]; coefficients [T * L, n]."""
+    column, value, count, info = _in_order(problem, lams, parts)
+    coefficients = csr(count, column, value, problem.n)
+    fields = {name: x.view(lams.shape) for name, x in zip(INFO_FIELDS, info.unbind(1), strict=True)}
     err2 = fields["err2"]
     if value.requires_grad:
-        theta = _dense_rows(coefficients).index_put(
-            (torch.arange(len(targets), device=targets.device), targets), cov.new_tensor(-1.0)
-        )
-        err2 = ((theta @ cov) * theta).sum(1).double()
-    variance = cov.diagonal()[targets].double()
+        err2 = problem.quadratic_error(dense_rows(coefficients)).view(lams.shape)
+    variance = problem.variances().view(-1, *(1,) * (lams.dim() - 1))
     return CovLassoSolution(
         coefficients=coefficients,
-        targets=targets,
-        lam=lam,
+        targets=problem.targets,
+        lam=lams,
         lambda_max=fields["lambda_max"],
         err2=err2,
         relative_error=torch.where(variance > 0, err2 / variance, 0.0),
-        n_nonzero=count,
+        n_nonzero=count.view(lams.shape),
         duality_gap=fields["duality_gap"],
         kkt_violation=fields["kkt_violation"],
         n_pivots=fields["n_pivots"].long(),
@@ -365,208 +603,18 @@ def _solution(cov: Tensor, targets: Tensor, lam: Tensor, parts: list[_Compact]) 
     )
 
 
-# ------------------------------------------------------------------------------------------------ operator rules
-
-
-def _fake_covlasso(
-    cov: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None, tol: float, max_pivots: int, capacity: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = targets.shape[0]
-    return (
-        cov.new_empty((rows, capacity)),
-        cov.new_empty((rows, capacity), dtype=torch.int32),
-        cov.new_empty((rows,), dtype=torch.int32),
-        cov.new_empty((rows, len(_INFO_FIELDS)), dtype=torch.float64),
+def _in_order(problem: _Problem, lams: Tensor, parts: list[_Part]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Column, value, count and info of the parts together, in the order of the targets."""
+    if not parts:
+        cov = problem.cov
+        empty = cov.new_empty(0, len(INFO_FIELDS), dtype=torch.float64)
+        return cov.new_empty(0, dtype=torch.int32), cov.new_empty(0), problem.targets[:0], empty
+    targets, column, value, count, info = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("targets", "column", "value", "count", "info")
     )
-
-
-def _fake_lambda_max(cov: Tensor, targets: Tensor, penalty: Tensor | None) -> Tensor:
-    return cov.new_empty(targets.shape, dtype=torch.float64)
-
-
-_library = torch.library.Library("neuraldeps", "FRAGMENT")
-_library.define(
-    "covlasso_backward(Tensor grad, Tensor cov, Tensor targets, Tensor? penalty, Tensor index, Tensor value, "
-    "Tensor count) -> (Tensor grad_cov, Tensor grad_lam)"
-)
-
-
-def _fake_covlasso_backward(
-    grad: Tensor, cov: Tensor, targets: Tensor, penalty: Tensor | None, index: Tensor, value: Tensor, count: Tensor
-) -> tuple[Tensor, Tensor]:
-    return cov.new_empty(cov.shape), cov.new_empty(targets.shape, dtype=torch.float64)
-
-
-def _correlations(cov: Tensor, targets: Tensor, penalty: Tensor | None) -> Tensor:
-    """|S_ij| / penalty_j of every target and category, zero at the target itself: [T, n]."""
-    strength = cov[targets].abs()
-    if penalty is not None:
-        strength = strength / penalty
-    return strength.scatter(1, targets[:, None], 0.0)
-
-
-@torch.library.impl("neuraldeps::lambda_max", "CUDA", lib=_library)
-def _lambda_max_on_cuda(cov: Tensor, targets: Tensor, penalty: Tensor | None) -> Tensor:
-    return 2.0 * _correlations(cov, targets, penalty).amax(1).double()
-
-
-def _lambda_max_gradient(grad: Tensor, cov: Tensor, targets: Tensor, penalty: Tensor | None) -> Tensor:
-    """The maximum's gradient goes to the strongest entry, halved over the two triangles."""
-    strongest = _correlations(cov, targets, penalty).argmax(1)
-    slope = cov[targets, strongest].sign() * grad.to(cov.dtype)
-    if penalty is not None:
-        slope = slope / (penalty[strongest] if penalty.dim() == 1 else penalty.gather(1, strongest[:, None])[:, 0])
-    half = torch.zeros_like(cov).index_put((targets, strongest), slope, accumulate=True)
-    return half + half.T
-
-
-@torch.library.impl("neuraldeps::covlasso_backward", "CompositeExplicitAutograd", lib=_library)
-def _covlasso_backward(
-    grad: Tensor, cov: Tensor, targets: Tensor, penalty: Tensor | None, index: Tensor, value: Tensor, count: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Implicit gradient on the support a: with S_aa w = grad_a and signs s,
-
-        dL/dS = -(w Theta' + Theta w') / 2        dL/dlam = -(1/2) sum_j penalty_j s_j w_j
-
-    in float64; a singular S_aa gets 1e-8 of its mean diagonal added.
-    """
-    n, num_targets = cov.shape[0], targets.shape[0]
-    grad_cov = torch.zeros_like(cov, dtype=torch.float64)
-    grad_lam = torch.zeros(num_targets, dtype=torch.float64, device=cov.device)
-    k = int(count.max()) if num_targets else 0
-    if k == 0:
-        return grad_cov.to(cov.dtype), grad_lam
-    cov64 = cov.double()
-    chunk = max(1, (1 << 25) // (k * k))
-    for t in range(0, num_targets, chunk):
-        rows = slice(t, t + chunk)
-        a, inside = index[rows, :k].long(), torch.arange(k, device=cov.device) < count[rows, None]
-        w = _solve_on_support(cov64, a, inside, torch.where(inside, grad[rows, :k].double(), 0.0))
-        theta = torch.where(inside, value[rows, :k].double(), 0.0)
-        row_penalty = _rows(penalty, rows)
-        factors = 1.0 if row_penalty is None else row_penalty.double().expand(len(a), n).gather(1, a)
-        grad_lam[rows] = -0.5 * torch.where(inside, factors * theta.sign() * w, 0.0).sum(1)
-        zeros = grad_cov.new_zeros(len(a), n)
-        residual = zeros.scatter_add(1, a, theta).scatter_add(1, targets[rows, None], zeros.new_full((len(a), 1), -1.0))
-        grad_cov -= zeros.scatter_add(1, a, w).T @ residual
-    return ((grad_cov + grad_cov.T) / 2).to(cov.dtype), grad_lam
-
-
-def _solve_on_support(cov: Tensor, a: Tensor, inside: Tensor, right: Tensor) -> Tensor:
-    """S_aa w = right for padded supports a [T, k]; rows outside give zero."""
-    both = inside[:, :, None] & inside[:, None, :]
-    eye = torch.eye(a.shape[1], dtype=cov.dtype, device=cov.device)
-    matrix = torch.where(both, cov[a[:, :, None], a[:, None, :]], eye)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    ridge = 1e-8 * matrix.diagonal(dim1=1, dim2=2).mean(1) * (failed > 0)
-    repaired, _ = torch.linalg.cholesky_ex(matrix + ridge[:, None, None] * eye)
-    return torch.cholesky_solve(right[..., None], torch.where((failed > 0)[:, None, None], repaired, factor))[..., 0]
-
-
-def _solve_by_reference(
-    cov: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None, tol: float, max_pivots: int, capacity: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the operator returns, from `reference.covlasso`, which has no pivots to count."""
-    theta = reference.covlasso(cov, targets, lam, penalty, tol=tol / 2).to(cov.dtype)
-    found = (theta != 0).sum(1)
-    count = found.clamp_max(capacity)
-    index = (theta == 0).int().argsort(dim=1, stable=True)[:, :capacity]
-    inside = torch.arange(index.shape[1], device=index.device) < count[:, None]
-    violation = reference.kkt_violation(cov, theta, targets, lam, penalty)
-    status = torch.where(found > capacity, 1, torch.where(violation <= tol, 0, 2))
-    info = torch.stack(
-        [
-            reference.err2(cov, theta, targets),
-            reference.duality_gap(cov, theta, targets, lam, penalty),
-            violation,
-            torch.zeros_like(violation),
-            status.double(),
-            reference.lambda_max(cov, targets, penalty),
-        ],
-        1,
-    )
-    pad = (0, capacity - index.shape[1])
-    value = torch.nn.functional.pad(torch.where(inside, theta.gather(1, index), 0.0), pad)
-    columns = torch.nn.functional.pad(torch.where(inside, index, 0), pad)
-    return value, columns.int(), count.int(), info
-
-
-def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cov, targets, _lam, penalty = inputs[:4]
-    value, index, count, info = output
-    ctx.mark_non_differentiable(index, count, info)
-    ctx.save_for_backward(cov, targets, penalty, index, value, count)
-
-
-def _gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    cov, targets, penalty, index, value, count = ctx.saved_tensors
-    grad_cov, grad_lam = torch.ops.neuraldeps.covlasso_backward(grads[0], cov, targets, penalty, index, value, count)
-    return grad_cov, None, grad_lam, None, None, None, None
-
-
-def _loop_over_batch(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    """vmap rule of an operator whose problems share nothing: one call per batch entry."""
-    calls = [
-        op(*(arg if dim is None else arg.select(dim, b) for arg, dim in zip(args, in_dims, strict=True)))
-        for b in range(info.batch_size)
-    ]
-    if isinstance(calls[0], Tensor):
-        return torch.stack(calls), 0
-    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
-
-
-class _SolveTargets(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if args[0].is_cuda and (reason := torch.ops.neuraldeps.cuda_library_error()):
-            _log.debug("covlasso runs on the plain PyTorch reference: %s", reason)
-            return _solve_by_reference(*args)
-        return torch.ops.neuraldeps.covlasso(*args)  # type: ignore[no-any-return]
-
-    setup_context = staticmethod(_save_for_gradient)
-    backward = staticmethod(_gradient)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return _loop_over_batch(_SolveTargets.apply, info, in_dims, *args)
-
-
-class _LambdaMax(torch.autograd.Function):
-    @staticmethod
-    def forward(cov: Tensor, targets: Tensor, penalty: Tensor | None) -> Tensor:
-        return torch.ops.neuraldeps.lambda_max(cov, targets, penalty)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _lambda_max_gradient(grad, *ctx.saved_tensors), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return _loop_over_batch(_LambdaMax.apply, info, in_dims, *args)
-
-
-def _register() -> None:
-    torch.library.register_fake("neuraldeps::covlasso", _fake_covlasso)
-    torch.library.register_fake("neuraldeps::lambda_max", _fake_lambda_max)
-    torch.library.register_fake("neuraldeps::covlasso_backward", _fake_covlasso_backward)
-    torch.library.register_autograd("neuraldeps::covlasso", _gradient, setup_context=_save_for_gradient)
-    torch.library.register_autograd(
-        "neuraldeps::lambda_max", _LambdaMax.backward, setup_context=_LambdaMax.setup_context
-    )
-    for name in ("covlasso", "lambda_max", "covlasso_backward"):
-        op = getattr(torch.ops.neuraldeps, name).default
-
-        def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, op: Any = op) -> tuple[Any, Any]:
-            return _loop_over_batch(op, info, in_dims, *args)
-
-        torch.library.register_vmap(f"neuraldeps::{name}", rule)
-    for name in ("covlasso", "lambda_max"):
-        for device in ("cpu", "cuda"):
-            torch.library.register_autocast(f"neuraldeps::{name}", device, torch.float32)
-
-
-_register()
+    if len(parts) == 1 or bool((targets.diff() > 0).all()):
+        return column, value, count, info
+    per_target = lams.shape[1] if lams.dim() == 2 else 1
+    order = (targets.argsort()[:, None] * per_target + torch.arange(per_target, device=targets.device)).view(-1)
+    entries = ranges((count.cumsum(0) - count)[order], count[order])
+    return column[entries], value[entries], count[order], info[order]

@@ -46,3 +46,21 @@ def covariance(
         moment = moment + weight_sum[:, None, None] * mean[:, :, None] * mean[:, None, :]
     result = (moment / (weight_sum - correction)[:, None, None]).to(dtype)
     return result if x.dim() == 3 else result[0]
+
+
+def cross_covariance(
+    targets: Tensor,
+    predictors: Tensor,
+    *,
+    center: bool = True,
+    correction: float = 0,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """cov [m, m], cross [n, m], variance [n], predictor_mean [m] and target_mean [n], float64, of `targets` [N, n] and
+    `predictors` [N, m], cut out of the covariance of the joined columns.
+    """
+    n = targets.shape[1]
+    joined = torch.cat([targets, predictors], 1)
+    _, mean, _ = centered_moments(joined[None], None if weights is None else weights[None])
+    S = covariance(joined, center=center, correction=correction, weights=weights)
+    return S[n:, n:], S[:n, n:], S.diagonal()[:n], mean[0, n:], mean[0, :n]

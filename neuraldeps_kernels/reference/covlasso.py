@@ -1,23 +1,37 @@
 """Covariance Lasso in plain PyTorch, float64: the oracle of the tests and the fallback where no kernel serves.
 
-For target i, with Theta_i = -1 pinned,
+Problem t of T, for theta [m] over the predictors:
 
-    Theta_i(lam) = argmin over Theta of  Theta' S Theta + lam * sum_j penalty_j |Theta_j| ,    lam > 0 .
+    minimise  theta' S theta - 2 c_t.theta + v_t + ridge |theta|^2 + lam_t sum_j penalty_j |theta_j| ,    lam_t > 0
 
-There is no factor 1/2: lam is twice the alpha of the usual library lasso. With rho = -(S Theta), the covariance of the
-residual with every category, Theta is optimal iff for every j != i
+(theta >= 0 if `nonnegative`). Within one covariance S = cov [n, n], i = targets[t]: c_t = S_i, v_t = S_ii and i itself
+is no predictor; this is Theta' S Theta + lam |theta|_1 with Theta_i = -1 pinned. Across two sets of categories S = cov
+[m, m] of the predictors (or [T, m, m], one matrix a problem), c_t = cross[i], v_t = variance[i], nothing is left out.
+There is no factor 1/2: lam is twice the alpha of the usual library lasso. With the covariance of the residual with
+every predictor, rho = c - S theta - ridge theta, theta is optimal iff for every j
 
-    rho_j = (lam/2) penalty_j sign(Theta_j)  where Theta_j != 0,     |rho_j| <= (lam/2) penalty_j  where Theta_j = 0 .
+    rho_j = (lam/2) penalty_j sign(theta_j)  where theta_j != 0,     |rho_j| <= (lam/2) penalty_j  where theta_j = 0 ,
 
-Notation: S = cov [n, n] symmetric; T targets; theta [T, n] float64 is Theta without the pinned entry (0 there);
-penalty is None (all ones), [n] or [T, n], positive, +inf where category j may not be used; bound = (lam/2) penalty
-[T, n]. Nothing here is differentiable: `gradients` states the derivatives.
+the last without the bars if `nonnegative`. Every function takes the problem in the same form:
+
+    cov [m, m] or [T, m, m]; targets int64 [T]; lam float64 [T] or a scalar tensor; penalty None (all ones), [m] or
+    [T, m], positive, +inf where predictor j may not be used; cross [q, m] and variance [q], the rows that `targets`
+    indexes, or None for both; nonnegative; ridge >= 0. A function ignores what its result does not depend on.
+
+theta [T, m] is float64, 0 at the target itself; bound = (lam/2) penalty [T, m]. Nothing here is differentiable:
+`gradients` states the derivatives. err2 = v - 2 c.theta + theta' S theta has neither ridge nor penalty.
+
+`covlasso` and `path` (coordinate descent and a Newton step on the face of the current signs) solve one lam at a time
+and from zero, `homotopy` and `top_k` follow the kinks of the whole path: two independent ways to the same theta.
 
 Source: the problem is that of "Neural Dependencies Emerging from Learning Massive Categories" (arXiv 2211.12339); the
-solver (coordinate descent and a Newton step on the face of the current signs) and the derivatives are ours.
+solvers and the derivatives are ours. The homotopy is the Lasso variant of least angle regression (Efron, Hastie,
+Johnstone, Tibshirani, 2004), with the direction at ties found as a least-squares problem with sign constraints.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +40,46 @@ SWEEPS = 3  # coordinate sweeps between two Newton steps
 NEW_CATEGORIES = 16  # least number of violators that may join the working set in a round
 RIDGES = (1e-12, 1e-9, 1e-6, 1e-3, 1.0)  # of the unit diagonal: the first is used that makes the Newton system definite
 CHUNK_ELEMENTS = 1 << 26  # float64 elements of the gathered sub-matrices of one chunk of targets
+TIE = 1e-10  # of the bound: predictors so near to it have reached it (homotopy)
+ROUNDING = 1e-13  # of sqrt(S_jj v): rounding of rho_j (homotopy)
 
 
-def lambda_max(cov: Tensor, targets: Tensor, penalty: Tensor | None = None) -> Tensor:
-    """Smallest lam with an empty support: 2 max_{j != i} |S_ij| / penalty_j, float64 [T]; 0 where nothing may enter."""
-    return 2 * (cov.detach().double()[targets].abs() / _penalty(cov, targets, penalty)).amax(1)
+class Segment(NamedTuple):
+    """Stretch low < lam < high of one path on which the support a and its signs do not change.
+
+    There theta_a(lam) = (S_aa + ridge)^-1 (c_a - (lam/2) penalty_a signs), continuous from segment to segment.
+    """
+
+    high: float
+    low: float
+    support: Tensor  # int64 [k], increasing
+    signs: Tensor  # float64 [k]
+
+
+class TopK(NamedTuple):
+    """First segment, from large lam to small, with exactly k nonzero coefficients, and the solution at one point."""
+
+    theta: Tensor  # [T, m]
+    lam: Tensor  # [T]
+    high: Tensor  # [T]
+    low: Tensor  # [T]
+    found: Tensor  # bool [T]
+
+
+def lambda_max(
+    cov: Tensor,
+    targets: Tensor,
+    penalty: Tensor | None = None,
+    *,
+    cross: Tensor | None = None,
+    variance: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
+) -> Tensor:
+    """Smallest lam with an empty support: 2 max_j |c_j| / penalty_j, float64 [T]; 0 where nothing may enter."""
+    problems = _problems(cov, targets, penalty, cross, variance, ridge)
+    strength = problems.c.clamp_min(0) if nonnegative else problems.c.abs()
+    return 2 * (strength / problems.factors).amax(1)
 
 
 def covlasso(
@@ -39,154 +88,335 @@ def covlasso(
     lam: Tensor,
     penalty: Tensor | None = None,
     *,
+    cross: Tensor | None = None,
+    variance: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
     tol: float = 1e-12,
     max_rounds: int = 200,
 ) -> Tensor:
-    """theta [T, n] float64 of `targets` int64 [T] at `lam` [T] (or a scalar tensor).
+    """theta [T, m] float64 of `targets` int64 [T] at `lam` [T] (or a scalar tensor).
 
     A target is left when its KKT violation is at most `tol` (relative to lambda_max / 2, see `kkt_violation`), after
     `max_rounds` rounds, or when its objective is so negative that S cannot be positive semidefinite; the caller checks
     which. The result is finite in any case. Works on every device that has float64.
     """
-    S = cov.detach().double()
-    diagonal = S.diagonal()
-    # Powers of two that bring the diagonal to [1/2, 2]: f'_j = scale_j f_j changes no bit of any product.
-    exponent = torch.where(diagonal > 0, -(diagonal.clamp_min(1e-300).log2() / 2).round(), 0.0)
-    scale = torch.ldexp(torch.ones_like(diagonal), exponent)
-    S = scale[:, None] * S * scale
-    bound = _bound(cov, targets, lam, penalty) * scale[targets, None] * scale
-    bound[:, diagonal <= 0] = torch.inf
-    allowed = tol / 2 * lambda_max(cov, targets, penalty)[:, None] * scale[targets, None] * scale
-    chunk = max(1, CHUNK_ELEMENTS // max(1, S.shape[0] ** 2))
-    parts = [
-        _solve(S, i, b, a, max_rounds) * scale / scale[i, None]
-        for i, b, a in zip(targets.split(chunk), bound.split(chunk), allowed.split(chunk), strict=True)
+    A, c, v, factors = _problems(cov, targets, penalty, cross, variance, ridge)
+    curvature = A.diagonal(dim1=1, dim2=2)  # [1 or T, m]
+    # Powers of two that bring the diagonals to [1/2, 2]: f'_j = unit_j f_j changes no bit of any product.
+    unit, own = _power_of_two(curvature), _power_of_two(v)[:, None]
+    top = lambda_max(cov, targets, penalty, cross=cross, variance=variance, nonnegative=nonnegative)[:, None]
+    bound = torch.where(curvature > 0, _bound(factors, lam) * own * unit, torch.inf)
+    allowed = tol / 2 * top * own * unit
+    A, c, v = unit[:, :, None] * A * unit[:, None, :], c * own * unit, v * own[:, 0] ** 2
+    theta = torch.zeros_like(c)
+    chunk = max(1, CHUNK_ELEMENTS // max(1, c.shape[1] ** 2))
+    for t in range(0, len(c), chunk):
+        rows = slice(t, t + chunk)
+        own_rows = A if len(A) == 1 else A[rows]
+        theta[rows] = _solve(own_rows, c[rows], v[rows], bound[rows], allowed[rows], nonnegative, max_rounds)
+    return theta * unit / own
+
+
+def path(
+    cov: Tensor,
+    targets: Tensor,
+    lams: Tensor,
+    penalty: Tensor | None = None,
+    *,
+    cross: Tensor | None = None,
+    variance: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
+    tol: float = 1e-12,
+) -> Tensor:
+    """theta [T, L, m] at every lam of `lams` [L] or [T, L], each solved from zero, so that no order matters."""
+    lams = lams.expand(len(targets), lams.shape[-1])
+    solved = [
+        covlasso(
+            cov, targets, lam, penalty, cross=cross, variance=variance, nonnegative=nonnegative, ridge=ridge, tol=tol
+        )
+        for lam in lams.unbind(1)
     ]
-    return torch.cat(parts) if parts else bound
+    return torch.stack(solved, 1)
 
 
-def residual_covariance(cov: Tensor, theta: Tensor, targets: Tensor) -> Tensor:
-    """rho [T, n] = -(S Theta): covariance of the residual f_i - theta . f with every category, float64."""
-    S = cov.detach().double()
-    return S[targets] - theta.double() @ S
+def top_k(
+    cov: Tensor,
+    targets: Tensor,
+    k: int,
+    penalty: Tensor | None = None,
+    *,
+    cross: Tensor | None = None,
+    variance: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
+    position: float = 1e-3,
+) -> TopK:
+    """First segment of each path with exactly k >= 1 nonzeros, solved at lam = high - position (high - low).
+
+    The number of nonzeros is not monotone in lam: k may come back at smaller lam. Where no segment has k nonzeros,
+    theta is the end of the path at lam = 0, high = low = lam = 0, and `found` is False.
+    """
+    problems = _problems(cov, targets, penalty, cross, variance, ridge)
+    theta, ends = torch.zeros_like(problems.c), torch.zeros(len(targets), 2, dtype=torch.float64)
+    for t in range(len(targets)):
+        A, c, factors = problems.A[min(t, len(problems.A) - 1)], problems.c[t], problems.factors[t]
+        segments = _segments(A, c, problems.v[t], factors, nonnegative)
+        chosen = next((s for s in segments if len(s.support) == k), None)
+        if chosen is not None:
+            ends[t] = torch.tensor([chosen.high, chosen.low])
+            lam = chosen.high - position * (chosen.high - chosen.low)
+            theta[t] = _on_segment(A, c, factors, chosen.support, chosen.signs, lam)
+        elif segments:
+            theta[t] = _on_segment(A, c, factors, segments[-1].support, segments[-1].signs, 0.0)
+    high, low = ends.to(theta.device).unbind(1)
+    return TopK(theta, high - position * (high - low), high, low, high > 0)
 
 
-def err2(cov: Tensor, theta: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared residual Theta' S Theta = E[e f_i] - theta . E[e f], float64 [T]."""
-    rho = residual_covariance(cov, theta, targets)
-    return rho.gather(1, targets[:, None])[:, 0] - (theta.double() * rho).sum(1)
+def homotopy(
+    cov: Tensor,
+    target: int,
+    penalty: Tensor | None = None,
+    *,
+    cross: Tensor | None = None,
+    variance: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
+) -> list[Segment]:
+    """All segments of the path of one target, from lambda_max (the first `high`) down to about 0."""
+    which = torch.tensor([target], device=cov.device)
+    A, c, v, factors = _problems(cov, which, penalty, cross, variance, ridge)
+    return _segments(A[0], c[0], v[0], factors[0], nonnegative)
 
 
-def kkt_violation(cov: Tensor, theta: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None = None) -> Tensor:
+def residual_covariance(
+    cov: Tensor,
+    theta: Tensor,
+    targets: Tensor,
+    *,
+    cross: Tensor | None = None,
+    variance: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
+) -> Tensor:
+    """rho [T, m] = c - S theta - ridge theta: covariance of the residual with every predictor less the ridge's part.
+
+    Within one covariance the entry at the target itself is that of the residual with the target, E[e f_i].
+    """
+    problems = _problems(cov, targets, None, cross, variance, ridge)
+    return problems.c - _product(problems.A, theta.double())
+
+
+def err2(
+    cov: Tensor,
+    theta: Tensor,
+    targets: Tensor,
+    *,
+    cross: Tensor | None = None,
+    variance: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
+) -> Tensor:
+    """Mean squared residual v - 2 c.theta + theta' S theta, without ridge and penalty, float64 [T]."""
+    A, c, v, _ = _problems(cov, targets, None, cross, variance, 0.0)
+    theta = theta.double()
+    return (v - (theta * c).sum(1)) - (theta * (c - _product(A, theta))).sum(1)
+
+
+def kkt_violation(
+    cov: Tensor,
+    theta: Tensor,
+    targets: Tensor,
+    lam: Tensor,
+    penalty: Tensor | None = None,
+    *,
+    cross: Tensor | None = None,
+    variance: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
+) -> Tensor:
     """Largest violation of the optimality conditions, relative to lambda_max / 2, float64 [T].
 
-    0 where lambda_max = 0 (nothing correlates with the target) and theta = 0; +inf where an excluded category is used.
+    0 where lambda_max = 0 (nothing correlates with the target) and theta = 0; +inf where an excluded category is used,
+    or a negative coefficient where none is allowed.
     """
-    bound = _bound(cov, targets, lam, penalty)
-    worst = _violation(residual_covariance(cov, theta, targets), theta.double(), bound).amax(1).clamp_min(0)
-    return torch.where(worst == 0, 0.0, worst / (lambda_max(cov, targets, penalty) / 2))  # NaN stays NaN
-
-
-def duality_gap(cov: Tensor, theta: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None = None) -> Tensor:
-    """Primal minus dual objective, float64 [T], in the units of S_ii; bounds the excess of the objective if S is PSD.
-
-    With tau = min(1, min_j bound_j / |rho_j|) the scaled residual tau e is dual feasible and
-    gap = err2 + 2 sum_j bound_j |theta_j| - 2 tau E[e f_i] + tau^2 err2.
-    """
-    bound = _bound(cov, targets, lam, penalty)
+    A, c, _, factors = _problems(cov, targets, penalty, cross, variance, ridge)
     theta = theta.double()
-    rho = residual_covariance(cov, theta, targets)
-    residual_target = rho.gather(1, targets[:, None])[:, 0]  # E[e f_i]
+    violation = _violation(c - _product(A, theta), theta, _bound(factors, lam), nonnegative)
+    worst = violation.amax(1).clamp_min(0)
+    top = lambda_max(cov, targets, penalty, cross=cross, variance=variance, nonnegative=nonnegative)
+    return torch.where(worst == 0, 0.0, worst / (top / 2))  # NaN stays NaN
+
+
+def duality_gap(
+    cov: Tensor,
+    theta: Tensor,
+    targets: Tensor,
+    lam: Tensor,
+    penalty: Tensor | None = None,
+    *,
+    cross: Tensor | None = None,
+    variance: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
+) -> Tensor:
+    """Primal minus dual objective, float64 [T], in the units of v; bounds the excess of the objective if S is PSD.
+
+    With tau = min(1, min_j bound_j / |rho_j|) (over rho_j > 0 if `nonnegative`) the scaled residual tau e is dual
+    feasible and gap = err2 + 2 sum_j bound_j |theta_j| - 2 tau E[e f_i] + tau^2 err2, where E[e f_i] = v - c.theta and
+    err2 includes ridge |theta|^2: the ridge is one more sample per predictor, on which the target is 0.
+    """
+    A, c, v, factors = _problems(cov, targets, penalty, cross, variance, ridge)
+    bound, theta = _bound(factors, lam), theta.double()
+    rho = c - _product(A, theta)
+    residual_target = v - (theta * c).sum(1)
     error = residual_target - (theta * rho).sum(1)
-    tau = torch.where(rho.abs() > bound, bound / rho.abs(), 1.0).amin(1)
+    size = rho.clamp_min(0) if nonnegative else rho.abs()
+    tau = torch.where(size > bound, bound / size, 1.0).amin(1)
     norm = torch.where(theta != 0, bound * theta.abs(), 0.0).sum(1)
     return error + 2 * norm - 2 * tau * residual_target + tau**2 * error
 
 
 def gradients(
-    cov: Tensor, theta: Tensor, targets: Tensor, grad_theta: Tensor, penalty: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(dL/dS [n, n] symmetric, dL/dlam [T]) from grad_theta = dL/dtheta [T, n], off the kinks of the path.
+    cov: Tensor,
+    theta: Tensor,
+    targets: Tensor,
+    grad_theta: Tensor,
+    penalty: Tensor | None = None,
+    *,
+    cross: Tensor | None = None,
+    variance: Tensor | None = None,
+    nonnegative: bool = False,
+    ridge: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """(dL/dcov like cov, symmetric; dL/dlam [T]; with `cross` dL/dcross like it) from grad_theta = dL/dtheta [T, m].
 
-    On the support a, with A = S_aa, s = sign(theta_a) and u = grad_theta:
-    w_a = A^-1 u_a (zero elsewhere),  dL/dS = -(w Theta' + Theta w') / 2,  dL/dlam = -(1/2) sum_j penalty_j s_j w_j.
+    Off the kinks of the path: on the support a, with A = S_aa + ridge, s = sign(theta_a) and u = grad_theta,
+    w_a = A^-1 u_a (zero elsewhere),  dL/dS = -(w theta' + theta w') / 2,  dL/dc = w,
+    dL/dlam = -(1/2) sum_j penalty_j s_j w_j.
+    Within one covariance c belongs to S: then theta is extended by the pinned -1 in dL/dS. The sign constraint of a
+    nonnegative problem changes nothing on the support, and theta does not depend on v.
     """
-    S = cov.detach().double()
-    factors = _penalty(cov, targets, penalty)
-    grad_cov, grad_lam = torch.zeros_like(S), S.new_zeros(targets.shape[0])
+    A, _, _, factors = _problems(cov, targets, penalty, cross, variance, ridge)
+    grad_cov, grad_lam = torch.zeros_like(A), torch.zeros_like(factors[:, 0])
+    grad_cross = None if cross is None else torch.zeros_like(cross, dtype=torch.float64)
     for t, i in enumerate(targets.tolist()):
-        a = theta[t].nonzero()[:, 0]
-        w = torch.zeros_like(S[0])
-        w[a] = torch.linalg.solve(S[a][:, a], grad_theta[t, a].double())
-        pinned = theta[t].double().clone()
-        pinned[i] = -1
-        product = torch.outer(w, pinned)
-        grad_cov -= (product + product.T) / 2
+        a, matrix = theta[t].nonzero()[:, 0], min(t, len(A) - 1)
+        w = torch.zeros_like(factors[t])
+        w[a] = torch.linalg.solve(A[matrix][a][:, a], grad_theta[t, a].double())
+        extended = theta[t].double().clone()
+        if grad_cross is None:
+            extended[i] = -1
+        else:
+            grad_cross[i] += w
+        product = torch.outer(w, extended)
+        grad_cov[matrix] -= (product + product.T) / 2
         grad_lam[t] = -(w[a] * factors[t, a] * theta[t, a].sign()).sum() / 2
-    return grad_cov, grad_lam
+    found = grad_cov.view(cov.shape), grad_lam
+    return found if grad_cross is None else (*found, grad_cross)
 
 
-def _penalty(cov: Tensor, targets: Tensor, penalty: Tensor | None) -> Tensor:
-    """Penalty factors [T, n] float64, +inf at the target itself."""
-    shape = (targets.shape[0], cov.shape[0])
-    ones = torch.ones(shape, dtype=torch.float64, device=cov.device)
-    weight = ones if penalty is None else ones * penalty.detach().double()
-    return weight.scatter(1, targets[:, None], torch.inf)
+# ---------------------------------------------------------------------------------------------------------- the problem
 
 
-def _bound(cov: Tensor, targets: Tensor, lam: Tensor, penalty: Tensor | None) -> Tensor:
-    """(lam/2) penalty [T, n] float64; +inf where a category is excluded, whatever lam."""
-    weight = _penalty(cov, targets, penalty)
-    half = lam.detach().double().to(cov.device).expand(targets.shape[0])[:, None] / 2
-    return torch.where(weight.isinf(), torch.inf, half * weight)
+class _Problems(NamedTuple):
+    """Problems theta' A theta - 2 c.theta + v + lam factors.|theta|."""
+
+    A: Tensor  # [1 or T, m, m], the ridge on its diagonal
+    c: Tensor  # [T, m]
+    v: Tensor  # [T]
+    factors: Tensor  # [T, m], +inf where a predictor may not be used, the target itself included
 
 
-def _violation(rho: Tensor, theta: Tensor, bound: Tensor) -> Tensor:
-    """Distance of rho from the subdifferential of bound |theta|, [T, n]; at most 0 where the condition holds."""
-    return torch.where(theta != 0, (rho - bound * theta.sign()).abs(), rho.abs() - bound)
+def _problems(
+    cov: Tensor, targets: Tensor, penalty: Tensor | None, cross: Tensor | None, variance: Tensor | None, ridge: float
+) -> _Problems:
+    if (cross is None) != (variance is None):
+        raise ValueError(f"variance must be {'left out' if cross is None else 'given'}, as cross is")
+    S = cov.detach().double()
+    A = (S if S.dim() == 3 else S[None]) + ridge * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    c = (S if cross is None else cross.detach().double())[targets]
+    v = (S.diagonal() if variance is None else variance.detach().double())[targets]
+    factors = torch.ones_like(c) if penalty is None else torch.ones_like(c) * penalty.detach().double()
+    if cross is None:
+        factors = factors.scatter(1, targets[:, None], torch.inf)
+    return _Problems(A, c, v, factors)
 
 
-def _solve(S: Tensor, targets: Tensor, bound: Tensor, allowed: Tensor, max_rounds: int) -> Tensor:
-    """theta [T, n] with violation <= allowed [T, n]: grow a working set, solve on it, look at all categories again."""
-    n = S.shape[0]
-    # One category that correlates with nothing fills the unused places of shorter working sets.
-    S = torch.nn.functional.pad(S, (0, 1, 0, 1))
-    S[n, n] = 1
+def _bound(factors: Tensor, lam: Tensor) -> Tensor:
+    """(lam/2) penalty [T, m] float64; +inf where a predictor is excluded, whatever lam."""
+    half = lam.detach().double().to(factors.device).expand(len(factors))[:, None] / 2
+    return torch.where(factors.isinf(), torch.inf, half * factors)
+
+
+def _product(A: Tensor, x: Tensor) -> Tensor:
+    """A_t x_t [T, m] for A [1 or T, m, m] symmetric and x [T, m]."""
+    return x @ A[0] if len(A) == 1 else torch.bmm(A, x[:, :, None])[:, :, 0]
+
+
+def _power_of_two(variance: Tensor) -> Tensor:
+    """2^-k nearest to variance^(-1/2); 1 where the variance is not positive."""
+    exponent = torch.where(variance > 0, -(variance.clamp_min(1e-300).log2() / 2).round(), 0.0)
+    return torch.ldexp(torch.ones_like(variance), exponent)
+
+
+# ---------------------------------------------------------------------------------------------- one lam, from zero
+
+
+def _violation(rho: Tensor, theta: Tensor, bound: Tensor, nonnegative: bool) -> Tensor:
+    """Distance of rho from the subdifferential of bound |theta|, [T, m]; at most 0 where the condition holds."""
+    on_support = (rho - bound * theta.sign()).abs()
+    if not nonnegative:
+        return torch.where(theta != 0, on_support, rho.abs() - bound)
+    return torch.where(theta < 0, torch.inf, torch.where(theta > 0, on_support, rho - bound))
+
+
+def _solve(
+    A: Tensor, c: Tensor, v: Tensor, bound: Tensor, allowed: Tensor, nonnegative: bool, max_rounds: int
+) -> Tensor:
+    """theta with violation <= allowed [T, m]: grow a working set, solve on it, look at all predictors again."""
+    m = c.shape[1]
+    # One predictor that correlates with nothing fills the unused places of shorter working sets.
+    A = torch.nn.functional.pad(A, (0, 1, 0, 1))
+    A[:, m, m] = 1
+    c = torch.nn.functional.pad(c, (0, 1))
     bound = torch.nn.functional.pad(bound, (0, 1), value=1.0)
-    theta = S.new_zeros(targets.shape[0], n + 1)
-    live = torch.arange(targets.shape[0], device=S.device)
+    theta = torch.zeros_like(c)
+    live = torch.arange(len(c), device=c.device)
     for _ in range(max_rounds):
-        rho = S[targets[live]] - theta[live] @ S
-        violation = _violation(rho, theta[live], bound[live])[:, :n]
+        matrix = live if len(A) > 1 else torch.zeros_like(live)  # the A of each problem
+        rho = c[live] - _product(A if len(A) == 1 else A[live], theta[live])
+        violation = _violation(rho, theta[live], bound[live], nonnegative)[:, :m]
         unsolved = (violation > allowed[live]).any(1)
-        live = live[unsolved]
+        live, matrix = live[unsolved], matrix[unsolved]
         if live.numel() == 0:
             break
-        index = _working_set(theta[live, :n], violation[unsolved])  # [L, K], n where unused
-        Q = S[index[:, :, None], index[:, None, :]]  # [L, K, K]
-        q = S[targets[live, None], index]  # [L, K]
-        x = _descend(Q, q, bound[live[:, None], index], theta[live[:, None], index])
-        # err2 >= 0 bounds the objective below by -S_ii if S is a covariance; far below there is no minimum to find.
-        sound = _objective(Q, q, bound[live[:, None], index], x)[:, 0] > -2 * S[targets[live], targets[live]]
+        index = _working_set(theta[live, :m], violation[unsolved])  # [L, K], m where unused
+        Q = A[matrix[:, None, None], index[:, :, None], index[:, None, :]]  # [L, K, K]
+        q, limits = c[live[:, None], index], bound[live[:, None], index]  # [L, K]
+        x = _descend(Q, q, limits, theta[live[:, None], index], nonnegative)
+        # err2 >= 0 bounds the objective below by -v if S is a covariance; far below there is no minimum to find.
+        sound = _objective(Q, q, limits, x)[:, 0] > -2 * v[live]
         live, index, x = live[sound], index[sound], x[sound]
         theta[live[:, None], index] = x
-    return theta[:, :n]
+    return theta[:, :m]
 
 
 def _working_set(theta: Tensor, violation: Tensor) -> Tensor:
-    """Support and worst violators of each target (no more new than old ones), increasing, then n: int64 [T, K]."""
-    n = theta.shape[1]
+    """Support and worst violators of each target (no more new than old ones), increasing, then m: int64 [T, K]."""
+    m = theta.shape[1]
     support = theta != 0
     size = support.sum(1)
     limit = size + size.clamp_min(NEW_CATEGORIES)  # [T]
     key = torch.where(support, torch.inf, violation)
-    value, index = key.topk(min(n, int(limit.max())), dim=1)
+    value, index = key.topk(min(m, int(limit.max())), dim=1)
     used = (value > 0) & (torch.arange(value.shape[1], device=value.device) < limit[:, None])
-    index = torch.where(used, index, n).sort(1).values
+    index = torch.where(used, index, m).sort(1).values
     return index[:, : int(used.sum(1).max())]
 
 
-def _descend(Q: Tensor, q: Tensor, bound: Tensor, x: Tensor) -> Tensor:
+def _descend(Q: Tensor, q: Tensor, bound: Tensor, x: Tensor, nonnegative: bool) -> Tensor:
     """Cyclic sweeps, then Newton steps until no sign changes, on x' Q x - 2 q.x + 2 bound.|x|: x [T, K], Q [T, K, K].
 
     The objective never rises.
@@ -197,7 +427,8 @@ def _descend(Q: Tensor, q: Tensor, bound: Tensor, x: Tensor) -> Tensor:
     for _ in range(SWEEPS):
         for j in range(x.shape[1]):
             z = curvature[:, j] * x[:, j] + rho[:, j]
-            new = torch.sign(z) * (z.abs() - bound[:, j]).clamp_min(0) / curvature[:, j]
+            size = (z if nonnegative else z.abs()) - bound[:, j]
+            new = torch.sign(z) * size.clamp_min(0) / curvature[:, j]
             rho -= (new - x[:, j])[:, None] * Q[:, j]
             x[:, j] = new
     rows = torch.arange(x.shape[0], device=x.device)
@@ -244,5 +475,95 @@ def _solve_ridged(face: Tensor, active: Tensor, slope: Tensor) -> Tensor:
 
 
 def _objective(Q: Tensor, q: Tensor, bound: Tensor, x: Tensor) -> Tensor:
-    """x' Q x - 2 q.x + 2 bound.|x|, [T, 1]: the objective less S_ii."""
+    """x' Q x - 2 q.x + 2 bound.|x|, [T, 1]: the objective less v."""
     return (x * ((Q @ x[:, :, None])[:, :, 0] - 2 * q) + 2 * bound * x.abs()).sum(1, keepdim=True)
+
+
+# ------------------------------------------------------------------------------------------------ the path by its kinks
+
+
+def _segments(A: Tensor, c: Tensor, v: Tensor, factors: Tensor, nonnegative: bool) -> list[Segment]:
+    """Segments of one path: A [m, m] with the ridge, c and factors [m], v scalar."""
+    lam = 2 * float(((c.clamp_min(0) if nonnegative else c.abs()) / factors).max())
+    end = 1e-9 * lam
+    rounding = ROUNDING * (A.diagonal().clamp_min(0) * v).sqrt()
+    support, reached = torch.zeros_like(c, dtype=torch.bool), torch.zeros_like(c, dtype=torch.bool)
+    signs, segments = torch.zeros_like(c), list[Segment]()
+    while lam > end:
+        theta = _on_segment(A, c, factors, support.nonzero()[:, 0], signs[support], lam)
+        rho, bound = c - A @ theta, lam / 2 * factors
+        size = rho if nonnegative else rho.abs()
+        tied = support | reached | ((size >= bound * (1 - TIE) - rounding) & factors.isfinite())
+        signs = torch.where(support, signs, rho.sign())
+        slope = _direction(A, factors, tied, support, signs)  # d theta / d(-lam/2)
+        support = support | (slope != 0)
+        if not support.any():
+            break
+        half, dropped, reached = _next_event(A, theta, rho, factors, slope, support, tied, lam, nonnegative)
+        a = support.nonzero()[:, 0]
+        same = bool(segments) and torch.equal(segments[-1].support, a) and torch.equal(segments[-1].signs, signs[a])
+        high = segments.pop().high if same else lam
+        lam = 0.0 if lam - 2 * half <= end else lam - 2 * half
+        segments.append(Segment(high, lam, a, signs[a]))
+        support = support & ~dropped
+    return segments
+
+
+def _on_segment(A: Tensor, c: Tensor, factors: Tensor, support: Tensor, signs: Tensor, lam: float) -> Tensor:
+    """theta [m]: A_aa theta_a = c_a - (lam/2) penalty_a signs, zero off the support a."""
+    theta = torch.zeros_like(c)
+    if len(support):
+        right = c[support] - lam / 2 * factors[support] * signs
+        theta[support] = torch.linalg.solve(A[support][:, support], right)
+    return theta
+
+
+def _direction(A: Tensor, factors: Tensor, tied: Tensor, support: Tensor, signs: Tensor) -> Tensor:
+    """Change [m] of theta per decrease of lam/2, right after a kink.
+
+    It minimises (1/2) d' A d - (penalty signs).d over the `tied` predictors, those at their bound, where one whose
+    coefficient is still zero may only move away from zero on its side: signs_j d_j >= 0. This decides which of several
+    tied predictors enter. The method is that of Lawson and Hanson (1974) with the support always free.
+    """
+    d, member, weight = torch.zeros_like(factors), support.clone(), torch.where(tied, factors, 0.0) * signs
+    while True:
+        wanted, a = torch.zeros_like(d), member.nonzero()[:, 0]
+        if len(a):
+            wanted[a] = torch.linalg.solve(A[a][:, a], weight[a])
+        wrong = member & ~support & (wanted * signs <= 0)
+        if wrong.any():  # go as far as the constraints allow, and give up what has become zero
+            reach = torch.where(wrong, d / (d - wanted), torch.inf)
+            d = d + reach.min() * (wanted - d)
+            member &= ~(wrong & (reach <= reach.min()))
+            d[~member] = 0
+            continue
+        d = wanted
+        gain = torch.where(tied & ~member, (weight - A @ d) * signs, 0.0)
+        if gain.max() <= 1e-9 * factors[tied].max():
+            return d
+        member[gain.argmax()] = True
+
+
+def _next_event(
+    A: Tensor,
+    theta: Tensor,
+    rho: Tensor,
+    factors: Tensor,
+    slope: Tensor,
+    support: Tensor,
+    tied: Tensor,
+    lam: float,
+    nonnegative: bool,
+) -> tuple[float, Tensor, Tensor]:
+    """(decrease of lam/2 to the next kink, predictors whose coefficient is zero there, those that reach the bound)."""
+    fall, bound = A @ slope, lam / 2 * factors  # rho falls by `fall` per unit, the bound by `factors`
+    to_zero = torch.where(support & (theta * slope < 0), -theta / slope, torch.inf)
+    outside = ~support & factors.isfinite()
+    above = outside & ~(tied & (rho > 0)) & (factors > fall)
+    below = outside & ~(tied & (rho < 0)) & (factors > -fall) & (not nonnegative)
+    to_bound = torch.minimum(
+        torch.where(above, (bound - rho) / (factors - fall), torch.inf),
+        torch.where(below, (bound + rho) / (factors + fall), torch.inf),
+    )
+    half = min(lam / 2, float(to_zero.min()), float(to_bound.min()))
+    return half, to_zero <= half * (1 + TIE), to_bound <= half * (1 + TIE)

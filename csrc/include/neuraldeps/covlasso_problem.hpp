@@ -55,9 +55,9 @@ inline void check_targets(const int64_t* targets, int64_t num_targets, int64_t n
   }
 }
 
-// The power of two that brings the largest variance near one; checks the diagonal.
+// The largest of n variances, the diagonal of a matrix whose rows are `stride` apart; checks them.
 template <class T>
-double covariance_scale(const T* cov, int64_t n, int64_t stride) {
+double largest_variance(const T* cov, int64_t n, int64_t stride) {
   double top = 0;
   for (int64_t i = 0; i < n; i++) {
     const double variance = cov[i * stride + i];
@@ -68,18 +68,37 @@ double covariance_scale(const T* cov, int64_t n, int64_t stride) {
               "; a variance is not negative");
     top = variance > top ? variance : top;
   }
-  return top > 0 ? std::ldexp(1.0, -std::ilogb(top)) : 1.0;
+  return top;
 }
 
-// Packs cov [n, n], rows `stride` values apart, into `packed` [n, leading_dimension(n)], aligned to 64 bytes, and
-// returns the scale it was multiplied by.
+// Covariances [count, n, n] as the caller holds them: rows `stride` values apart, matrices `matrix_stride`.
+template <class T>
+struct Covariances {
+  const T* data;
+  int64_t count, n, matrix_stride, stride;
+};
+
+// Packs every matrix into `packed` [count, n, leading_dimension(n)], aligned to 64 bytes, with `ridge` on the diagonal.
+// Returns the power of two they were all multiplied by, which brings the largest diagonal entry near one.
 template <class T, class Parallel>
-double pack_covariance(const T* cov, int64_t n, int64_t stride, T* packed, const Parallel& parallel) {
-  const int64_t groups = (n + kCovlassoTile - 1) / kCovlassoTile;
-  const double scale = covariance_scale(cov, n, stride);
-  std::vector<CovlassoPackFacts> facts(static_cast<size_t>(groups));
-  const CovlassoPackArgs<T> args = {cov, n, stride, leading_dimension(n, sizeof(T)), scale, packed, facts.data()};
-  parallel(groups, 8, [&](int64_t begin, int64_t end) { CovlassoKernels<T>::pack()(args, begin, end); });
+double pack_covariances(const Covariances<T>& covs, double ridge, T* packed, const Parallel& parallel) {
+  const int64_t n = covs.n, groups = (n + kCovlassoTile - 1) / kCovlassoTile, ld = leading_dimension(n, sizeof(T));
+  double top = 0;
+  for (int64_t m = 0; m < covs.count; m++)
+    top = std::fmax(top, largest_variance(covs.data + m * covs.matrix_stride, n, covs.stride));
+  const double scale = top + ridge > 0 ? std::ldexp(1.0, -std::ilogb(top + ridge)) : 1.0;
+  std::vector<CovlassoPackFacts> facts(static_cast<size_t>(covs.count * groups));
+  parallel(covs.count * groups, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end;) {
+      const int64_t m = unit / groups, first = unit - m * groups;
+      const int64_t last = first + (end - unit) < groups ? first + (end - unit) : groups;
+      const CovlassoPackArgs<T> args = {
+          covs.data + m * covs.matrix_stride, n, covs.stride, ld, scale, ridge * scale, packed + m * n * ld,
+          facts.data() + m * groups};
+      CovlassoKernels<T>::pack()(args, first, last);
+      unit += last - first;
+    }
+  });
   double asymmetry = 0;
   for (const CovlassoPackFacts& fact : facts) {
     if (!fact.finite) invalid("cov has a NaN or infinite entry");
@@ -91,21 +110,52 @@ double pack_covariance(const T* cov, int64_t n, int64_t stride, T* packed, const
   return scale;
 }
 
-// Solves the problems of `args`, whose cov was packed with `scale`; lam and the results are in units of the covariance
-// before that. lam may be 0: the penalty at a ratio of a lambda_max of 0.
-template <class T, class Parallel>
-void solve_packed(CovlassoArgs<T> args, int64_t num_targets, double scale, const Parallel& parallel) {
-  std::vector<double> scaled(args.lam, args.lam + num_targets);
-  for (int64_t t = 0; t < num_targets; t++) {
-    double& lam = scaled[static_cast<size_t>(t)];
-    if (!(lam >= 0) || std::isinf(lam))
-      invalid("lam[" + std::to_string(t) + "] is " + std::to_string(lam) + "; expected a finite positive number");
-    lam *= scale;
+// Packs covariances of targets with categories [rows, n], rows `stride` apart, into [rows, leading_dimension(n)].
+template <class T>
+void pack_cross(const T* cross, int64_t rows, int64_t n, int64_t stride, double scale, T* packed) {
+  const int64_t ld = leading_dimension(n, sizeof(T));
+  for (int64_t r = 0; r < rows; r++) {
+    T defect = 0;
+    for (int64_t j = 0; j < n; j++) {
+      const T value = cross[r * stride + j] * static_cast<T>(scale);
+      packed[r * ld + j] = value;
+      defect += value - value;
+    }
+    if (defect != 0) invalid("cross has a NaN or infinite entry in row " + std::to_string(r));
+    for (int64_t j = n; j < ld; j++) packed[r * ld + j] = 0;
   }
-  args.lam = scaled.data();
-  parallel(num_targets, 1, [&](int64_t begin, int64_t end) { CovlassoKernels<T>::solve()(args, begin, end); });
-  for (int64_t t = 0; t < num_targets; t++)
-    for (const int field : {kErr2, kDualityGap, kLambdaMax}) args.info[t * kCovlassoInfoSize + field] /= scale;
+}
+
+inline void check_variance(const double* variance, int64_t rows) {
+  for (int64_t r = 0; r < rows; r++) {
+    if (!(variance[r] >= 0) || std::isinf(variance[r]))
+      invalid("variance[" + std::to_string(r) + "] is " + std::to_string(variance[r]) +
+              "; expected a finite number, not negative");
+  }
+}
+
+// Runs `solve` on arguments whose covariances were multiplied by `scale`, ridge, lam and variance not yet. Results are
+// in units of the covariance before that. lam may be 0: the penalty at a ratio of a lambda_max of 0.
+template <class T, class Solve>
+void solve_scaled(CovlassoArgs<T> args, int64_t num_targets, int64_t num_variances, double scale, const Solve& solve) {
+  const int64_t problems = num_targets * args.num_lams;
+  std::vector<double> lam(args.lam ? args.lam : nullptr, args.lam ? args.lam + problems : nullptr);
+  for (size_t x = 0; x < lam.size(); x++) {
+    if (!(lam[x] >= 0) || std::isinf(lam[x])) {
+      const size_t lams = static_cast<size_t>(args.num_lams), t = x / lams;
+      invalid("lam[" + std::to_string(t) + (lams > 1 ? ", " + std::to_string(x % lams) : "") + "] is " +
+              std::to_string(lam[x]) + "; expected a finite positive number");
+    }
+    lam[x] *= scale;
+  }
+  std::vector<double> variance(args.variance, args.variance + num_variances);
+  for (double& v : variance) v *= scale;
+  args.lam = lam.data();
+  args.variance = variance.data();
+  args.ridge *= scale;
+  solve(args);
+  for (int64_t x = 0; x < problems; x++)
+    for (const int field : {kErr2, kDualityGap, kLambdaMax}) args.info[x * kCovlassoInfoSize + field] /= scale;
 }
 
 }  // namespace nd::cpu

@@ -12,28 +12,52 @@ namespace nd::cpu {
 
 // What one CovLasso solve reports per target, in this order, as float64.
 enum CovlassoInfo : int { kErr2, kDualityGap, kKktViolation, kPivots, kStatus, kLambdaMax, kCovlassoInfoSize };
-enum CovlassoStatus : int { kConverged = 0, kCapped = 1, kCollinear = 2, kNotPsd = 3 };
+enum CovlassoStatus : int { kConverged = 0, kCapped = 1, kCollinear = 2, kNotPsd = 3, kTooFew = 4 };
 
-// min over theta (theta_i = -1)  theta' S theta + lam * sum_j penalty_j |theta_j|,  for targets i = targets[begin:end].
+// For target number t, with c and v its covariances with the categories and its variance,
+//
+//   min over theta   theta' S theta - 2 c' theta + v + ridge |theta|^2 + lam sum_j penalty_j |theta_j|
+//
+// for every lam of its path, in the order given; active set, signs and factor are carried on.
 template <class T>
 struct CovlassoArgs {
-  const T* cov;            // [n, ld] symmetric, zero in columns n..ld-1, rows aligned to 64 bytes
-  int64_t n, ld;           // ld: whole 64-byte lines, at least n rounded up to 16
-  const int64_t* targets;  // [num_targets], each in [0, n)
-  const double* lam;       // [num_targets], > 0
-  const T* penalty;        // [n] or [num_targets, n]; +inf: may not enter; null: all ones
-  int64_t penalty_stride;  // 0 for one row shared by all targets, else the distance of rows
-  double tol;              // KKT violation allowed, relative to lambda_max / 2 of the target
-  int64_t max_pivots;      // coordinates added or dropped before a target is given up as capped
-  int32_t* index;          // [num_targets, capacity] support in increasing order, then zeros
-  T* value;                // [num_targets, capacity] coefficients, then zeros
-  int64_t capacity;        // >= n - 1 holds every support; a larger support is cut and reported as capped
-  int32_t* count;          // [num_targets]
-  double* info;            // [num_targets, kCovlassoInfoSize]
+  const T* cov;                // [n, ld] symmetric, zero in columns n..ld-1, rows aligned to 64 bytes, ridge on its
+                               // diagonal
+  int64_t n, ld;               // ld: whole 64-byte lines, at least n rounded up to 16
+  int64_t cov_stride;          // from the matrix of one target to that of the next; 0: one for all
+  const T* cross;              // rows c [*, ld] as those of cov; null: rows of cov, without the target itself
+  const double* variance;      // [*] v, with cross
+  const int64_t* targets;      // [num_targets] row of cross and variance, or of cov
+  const double* lam;           // [num_targets, num_lams], > 0
+  int64_t num_lams;            // >= 1
+  const T* penalty;            // [n] or [num_targets, n]; +inf: may not enter; null: all ones
+  int64_t penalty_stride;      // 0 for one row shared by all targets, else the distance of rows
+  const int32_t* start_index;  // [num_targets, start_capacity] support to start from, or null. Only the signs of
+  const T* start_value;        // start_value matter; what may not be in a support is skipped
+  const int32_t* start_count;  // [num_targets]
+  int64_t start_capacity;
+  bool nonnegative;  // theta >= 0
+  double ridge;
+  double tol;          // KKT violation allowed, relative to lambda_max / 2 of the target
+  int64_t max_pivots;  // coordinates added or dropped before a problem is given up as capped
+  int32_t* index;      // [num_targets, num_lams, capacity] support in increasing order, then zeros
+  T* value;            // [num_targets, num_lams, capacity] coefficients, then zeros
+  int64_t capacity;    // >= n holds every support; a larger support is cut and reported as capped
+  int32_t* count;      // [num_targets, num_lams]
+  double* info;        // [num_targets, num_lams, kCovlassoInfoSize]
 };
 
-// A covariance made ready for the solver: [n, ld] rows of whole 64-byte lines, padded with zeros, S symmetrised and
-// multiplied by `scale` (a power of two). Work is counted in groups of kCovlassoTile rows.
+// Exactly k nonzeros: on the first segment (low, high) of the path, from lambda_max down, that has them, at
+// lam = high - position (high - low). Reads all of CovlassoArgs but lam, num_lams (1) and start_*.
+struct CovlassoTopK {
+  int64_t k;
+  double position;  // in (0, 1)
+  double* lam;      // [num_targets], written
+};
+
+// A covariance made ready for the solver: [n, ld] rows of whole 64-byte lines, padded with zeros, S symmetrised,
+// multiplied by `scale` (a power of two), `ridge` added to the diagonal. Work is counted in groups of kCovlassoTile
+// rows.
 constexpr int64_t kCovlassoTile = 16;
 struct CovlassoPackFacts {
   bool finite;
@@ -43,7 +67,7 @@ template <class T>
 struct CovlassoPackArgs {
   const T* cov;  // [n, n], rows `stride` apart
   int64_t n, stride, ld;
-  double scale;
+  double scale, ridge;
   T* packed;                 // [n, ld]
   CovlassoPackFacts* facts;  // one per group of rows
 };
@@ -80,9 +104,11 @@ struct Kernels {
   const char* level;
   void (*covlasso_f32)(const CovlassoArgs<float>& args, int64_t begin, int64_t end);
   void (*covlasso_f64)(const CovlassoArgs<double>& args, int64_t begin, int64_t end);
+  void (*covlasso_top_k_f64)(const CovlassoArgs<double>& args, const CovlassoTopK& wanted, int64_t begin, int64_t end);
   void (*covlasso_pack_f32)(const CovlassoPackArgs<float>& args, int64_t begin, int64_t end);
   void (*covlasso_pack_f64)(const CovlassoPackArgs<double>& args, int64_t begin, int64_t end);
-  // lambda_max[t] = 2 max over j != i of |S_ij| / penalty_j; reads cov, targets and penalty of args.
+  // lambda_max[t] = 2 max_j |c_j| / penalty_j, or of the positive part if nonnegative; reads cov or cross, targets,
+  // penalty and nonnegative of args; cov or cross need neither padding nor alignment.
   void (*lambda_max_f32)(const CovlassoArgs<float>& args, double* lambda_max, int64_t begin, int64_t end);
   void (*lambda_max_f64)(const CovlassoArgs<double>& args, double* lambda_max, int64_t begin, int64_t end);
   // Moments in order: start; for each chunk all pack tasks, then all multiply tasks; all finish tasks. The tasks of one

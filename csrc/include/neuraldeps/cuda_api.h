@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define ND_CUDA_API_VERSION 1
+#define ND_CUDA_API_VERSION 2
 #define ND_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -14,18 +14,56 @@ ND_API int nd_cuda_api_version(void);
 ND_API const char* nd_cuda_error_string(int code);
 ND_API int nd_cuda_device_count(int* count);
 
-/* Arguments as in nd::cpu::CovlassoArgs (cpu_api.h), all pointers on the device; `workspace` holds at least
-   nd_covlasso_workspace_*(n, num_targets) bytes. */
-ND_API size_t nd_covlasso_workspace_f32(int64_t n, int64_t num_targets);
-ND_API size_t nd_covlasso_workspace_f64(int64_t n, int64_t num_targets);
-ND_API int nd_covlasso_f32(const float* cov, int64_t n, int64_t ld, const int64_t* targets, const double* lam,
-                           int64_t num_targets, const float* penalty, int64_t penalty_stride, double tol,
-                           int64_t max_pivots, int32_t* index, float* value, int64_t capacity, int32_t* count,
-                           double* info, void* workspace, void* stream);
-ND_API int nd_covlasso_f64(const double* cov, int64_t n, int64_t ld, const int64_t* targets, const double* lam,
-                           int64_t num_targets, const double* penalty, int64_t penalty_stride, double tol,
-                           int64_t max_pivots, int32_t* index, double* value, int64_t capacity, int32_t* count,
-                           double* info, void* workspace, void* stream);
+/* The problems of one call, t < num_targets, and their penalties l < num_lams, a_j = (lam[t, l] / 2) penalty_j:
+
+     minimise  theta' S theta - 2 c' theta + v + ridge |theta|^2 + 2 sum_j a_j |theta_j|     (theta >= 0 if nonnegative)
+
+   All pointers lie on the device; T is the type of the function called, float or double.
+   Without cross: c = row targets[t] of S, v = S_ii, and category i = targets[t] is left out.
+   With cross:    c = row targets[t] of cross, v = variance[targets[t]], and nothing is left out but by penalty.
+   S comes with the ridge on its diagonal and, like cross, multiplied by *scale; everything else, in and out, is in
+   units of the covariance before that. */
+typedef struct {
+  const void* cov;        /* T [n, ld], or one such matrix a problem: symmetric, rows aligned to 16 bytes */
+  int64_t cov_stride;     /* values from the matrix of one problem to that of the next; 0: one for all */
+  int64_t n, ld;          /* ld: n or more, rounded up to 16 bytes; what lies in columns n..ld-1 is not used */
+  const void* cross;      /* T, rows of n values, ld apart, or null */
+  const double* variance; /* one a row of cross; null without */
+  const int64_t* targets; /* [num_targets] rows, of S or of cross; with cov_stride of their own matrix */
+  int64_t num_targets;
+  const double* lam;          /* [num_targets, num_lams] >= 0, solved in this order from one solution to the next */
+  int64_t num_lams;           /* >= 1 */
+  const void* penalty;        /* T [n] or [num_targets, n], > 0; +inf: may not enter; null: all ones */
+  int64_t penalty_stride;     /* 0 for one row shared by all, else the distance of rows */
+  double ridge;               /* >= 0, in units before scaling: what the diagonal of S / *scale contains of it */
+  const double* scale;        /* [1] on the device, a power of two; null: 1 */
+  int32_t nonnegative;        /* 0 or 1 */
+  const void* start_value;    /* T [num_targets, start_capacity], of which signs are used; null: a cold start */
+  const int32_t* start_index; /* [num_targets, start_capacity]; what cannot be an active set is skipped */
+  const int32_t* start_count; /* [num_targets] */
+  int64_t start_capacity;
+  double tol;         /* KKT violation allowed, relative to lambda_max / 2 of the problem */
+  int64_t max_pivots; /* coordinates added or dropped before one penalty of one problem is given up as capped */
+  int32_t* index;     /* [num_targets, num_lams, capacity] support in increasing order, then zeros */
+  void* value;        /* T [num_targets, num_lams, capacity] coefficients, then zeros */
+  int64_t capacity;   /* a larger support is cut and reported as capped; so is one that, on the way, grows
+                         beyond max(2 capacity, 1024) coordinates */
+  int32_t* count;     /* [num_targets, num_lams] */
+  double* info;       /* [num_targets, num_lams, 6]: err2, duality gap, KKT violation, pivots, status, lambda_max */
+} NdCovlassoArgs;
+
+/* Bytes of the workspace of a call with these sizes (n, num_targets, capacity, start_capacity); no pointer is read. */
+ND_API size_t nd_covlasso_workspace_f32(const NdCovlassoArgs* args);
+ND_API size_t nd_covlasso_workspace_f64(const NdCovlassoArgs* args);
+ND_API int nd_covlasso_f32(const NdCovlassoArgs* args, void* workspace, void* stream);
+ND_API int nd_covlasso_f64(const NdCovlassoArgs* args, void* workspace, void* stream);
+
+/* The first segment (low, high) of the path from lambda_max down that has exactly k nonzeros, and the solution at
+   lam = high - position (high - low), 0 < position < 1, which is written to lam_out [num_targets]. Of args, lam,
+   num_lams and start_* are not used, and capacity is k or more. Status 4: the path ends without one, and the solution
+   is that of the end. */
+ND_API int nd_covlasso_top_k_f64(const NdCovlassoArgs* args, int64_t k, double position, double* lam_out,
+                                 void* workspace, void* stream);
 #ifdef __cplusplus
 }
 #endif
