@@ -48,15 +48,15 @@ def cases(budget: Budget, options: argparse.Namespace) -> Iterator[Recipe]:
     """Recipes of all cases, cheapest first within a covariance."""
     rivals.silence_peers()
     for ratio, (goal_us, goals) in REAL_GOALS.items():
-        yield Recipe(f"covlasso lite0 ratio {ratio}", _build(_lite0, ratio, budget, goal_us, goals, rivals.PEERS))
+        yield Recipe(f"covlasso lite0 ratio {ratio}", _build(lite0, ratio, budget, goal_us, goals, rivals.PEERS))
     for k, (goal_us, goals) in SYNTHETIC_GOALS.items():
         goals = goals | {peer.name: FASTEST_RIVAL_GOAL for peer in rivals.PEERS[3:7]}
-        yield Recipe(f"covlasso synthetic k {k}", _build(_synthetic, None, budget, goal_us, goals, rivals.PEERS, k))
+        yield Recipe(f"covlasso synthetic k {k}", _build(synthetic, None, budget, goal_us, goals, rivals.PEERS, k))
     for ratio, goal_us in JOINT_GOALS.items():
         name = f"covlasso joint ratio {ratio}"
-        yield Recipe(name, _build(_joint, ratio, budget, goal_us, {}, rivals.PEERS[:1]))
-    yield Recipe("covlasso lite0 preparation", lambda: preparation_case(_lite0()))
-    yield Recipe("covlasso lite0 ratio 0.2, 2 threads", lambda: threads_case(_lite0(), 0.2, 2))
+        yield Recipe(name, _build(joint, ratio, budget, goal_us, {}, rivals.PEERS[:1]))
+    yield Recipe("covlasso lite0 preparation", lambda: preparation_case(lite0()))
+    yield Recipe("covlasso lite0 ratio 0.2, 2 threads", lambda: threads_case(lite0(), 0.2, 2))
 
 
 def _build(
@@ -71,24 +71,24 @@ def _build(
     def build() -> Case:
         cov = source()
         chosen = ratio_for(cov, k) if ratio is None else ratio
-        kind = f"synthetic k {k}" if ratio is None else f"{source.__name__[1:]} ratio {ratio}"
+        kind = f"synthetic k {k}" if ratio is None else f"{source.__name__} ratio {ratio}"
         return solve_case(f"covlasso {kind}", cov, chosen, budget, goal_us, goals, peers)
 
     return build
 
 
 @functools.cache
-def _lite0() -> Tensor:
+def lite0() -> Tensor:
     return load_imagenet_covariance().lite0
 
 
 @functools.cache
-def _joint() -> Tensor:
+def joint() -> Tensor:
     return load_imagenet_covariance().joint
 
 
 @functools.cache
-def _synthetic() -> Tensor:
+def synthetic() -> Tensor:
     """[1000, 1000] float32, of 50,000 synthetic logits from 512 features; entries exact to rounding."""
     x = clustered_logits(1000, 512, 50_000)[0].double()
     x -= x.mean(0)
@@ -171,14 +171,15 @@ def public_call(cov: Tensor, ratio: float) -> Contender:
     )
 
 
-def largest_violation(cov: Tensor, theta: Tensor, lam: Tensor) -> float:
-    """Of the optimality conditions by the rows of theta [n, n] for targets 0..n-1, over lambda_max / 2; float64."""
+def largest_violation(cov: Tensor, theta: Tensor, lam: Tensor, targets: Tensor | None = None) -> float:
+    """Of the optimality conditions by the rows of theta [T, n], over lambda_max / 2; float64."""
+    targets = torch.arange(len(cov)) if targets is None else targets
     cov = cov.double()
-    gradient = theta @ cov - cov
+    gradient = theta @ cov - cov[targets]
     bound = lam[:, None] / 2
     violation = torch.where(theta != 0, (gradient + bound * theta.sign()).abs(), (gradient.abs() - bound).clamp_min(0))
-    violation.fill_diagonal_(0)
-    top = nk.lambda_max(cov)
+    violation.scatter_(1, targets[:, None], 0.0)
+    top = nk.lambda_max(cov, targets)
     return float((violation.amax(1) / torch.where(top > 0, top / 2, 1.0)).max())
 
 

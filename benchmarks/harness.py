@@ -36,7 +36,7 @@ import neuraldeps_kernels as nk
 from neuraldeps_kernels._info import _processor
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHES = ("covlasso", "covariance", "overhead")
+BENCHES = ("covlasso", "covlasso_path", "covariance", "overhead")
 SCHEMA = 1
 MIN_ROUNDS = 5
 TABLE_WIDTH = 150  # columns, where the output is no wider terminal

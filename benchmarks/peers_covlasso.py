@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-Solve = Callable[["Problem", float], np.ndarray]
+Solve = Callable[[Any, float], np.ndarray]  # (problem, tolerance) to w [n-1], or for a path [L, n-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,19 +72,34 @@ class Problem:
 
         return CovLasso(gram=self.gram, corr=self.correlation, nobs=1)
 
-    def violation(self, w: np.ndarray) -> float:
-        """Largest violation of the optimality conditions by w [n-1], over max_j |q_j|; float64."""
+    def violation(self, w: np.ndarray, alpha: float | None = None) -> float:
+        """Largest violation of the optimality conditions at `alpha`, default the problem's, by w [n-1]; over
+        max_j |q_j|, in float64.
+        """
+        alpha = self.alpha if alpha is None else alpha
         w = np.asarray(w, np.float64)
         support = np.flatnonzero(w)
         gradient = self.gram[:, support] @ w[support] - self.correlation
-        violation = np.maximum(np.abs(gradient) - self.alpha, 0)
-        violation[support] = np.abs(gradient[support] + self.alpha * np.sign(w[support]))
+        violation = np.maximum(np.abs(gradient) - alpha, 0)
+        violation[support] = np.abs(gradient[support] + alpha * np.sign(w[support]))
         return float(violation.max() / np.abs(self.correlation).max())
+
+
+@dataclass(frozen=True, eq=False)
+class PathProblem:
+    """CovLasso of one target at falling penalties."""
+
+    problem: Problem
+    alphas: np.ndarray  # [L] lam / 2, falling
+
+    def violation(self, path: np.ndarray) -> float:
+        """Largest over the path w [L, n-1]."""
+        return max(self.problem.violation(w, float(a)) for w, a in zip(path, self.alphas, strict=True))
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to solve a `Problem`."""
+    """One way to solve a `Problem`, or a `PathProblem`."""
 
     name: str
     package: str  # module that must be importable
@@ -109,7 +124,7 @@ def import_failure(peer: Peer) -> str | None:
     return None
 
 
-def loosest_tolerance(peer: Peer, problems: Sequence[Problem], seconds: float) -> float | str:
+def loosest_tolerance(peer: Peer, problems: Sequence[Problem | PathProblem], seconds: float) -> float | str:
     """The loosest power of ten at which all problems reach the peer's accuracy, or why there is none.
 
     The search ends after `seconds`, at the earliest when the solve in progress returns.
@@ -222,6 +237,80 @@ PEERS = (
     Peer("celer_path on cov^(1/2)", "celer", 1e-6, range(4, 17), _celer),
     Peer("skglm AndersonCD on the Gram", "skglm", 1e-6, range(5, 10), _skglm),
     Peer("scm2cpp-learn CovLasso", "scm2cpp_learn", 1e-6, range(4, 13), _scm2cpp),
+)
+
+
+# ------------------------------------------------------------------------------------------------ solvers of a path
+
+
+def _sklearn_gram_path(path: PathProblem, tol: float, dtype: type, max_iter: int) -> np.ndarray:
+    """As scikit-learn's own path: the coefficients at one penalty start the next."""
+    from sklearn.linear_model import _cd_fast
+
+    problem = path.problem
+    gram = problem.gram if dtype is np.float64 else problem.gram32
+    correlation, norm = problem.correlation.astype(dtype), np.array([problem.norm], dtype)
+    w, chance = np.zeros(len(gram), dtype), np.random.RandomState(0)
+    found = np.empty((len(path.alphas), len(gram)), dtype)
+    for row, alpha in zip(found, path.alphas, strict=True):
+        w = _cd_fast.enet_coordinate_descent_gram(w, alpha, 0.0, gram, correlation, norm, max_iter, tol, chance)[0]
+        row[:] = w
+    return found
+
+
+def _sklearn_gram_path_f64(path: PathProblem, tol: float) -> np.ndarray:
+    return _sklearn_gram_path(path, tol, np.float64, 30_000)
+
+
+def _sklearn_gram_path_f32(path: PathProblem, tol: float) -> np.ndarray:
+    return _sklearn_gram_path(path, tol, np.float32, 3_000)
+
+
+def _sklearn_lars_path(path: PathProblem, tol: float) -> np.ndarray:
+    """The breakpoints of the whole path, and the penalties between them by interpolation, which is exact."""
+    from sklearn.linear_model import lars_path_gram
+
+    problem = path.problem
+    alphas, _, w = lars_path_gram(
+        problem.correlation, problem.gram, n_samples=1, alpha_min=path.alphas[-1], method="lasso"
+    )
+    place = np.interp(-path.alphas, -alphas, np.arange(len(alphas)))
+    low = np.minimum(place.astype(int), len(alphas) - 2)
+    share = place - low
+    return (w[:, low] * (1 - share) + w[:, low + 1] * share).T
+
+
+def _adelie_path(path: PathProblem, tol: float) -> np.ndarray:
+    import adelie
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        state = adelie.solver.gaussian_cov(
+            path.problem.adelie_matrix,
+            path.problem.correlation,
+            lmda_path=path.alphas,
+            tol=tol,
+            early_exit=False,
+            rdev_tol=0,
+            max_iters=10**7,
+            progress_bar=False,
+        )
+    return state.betas.toarray()
+
+
+def _celer_whole_path(path: PathProblem, tol: float) -> np.ndarray:
+    from celer import celer_path
+
+    problem = path.problem
+    alphas = path.alphas / len(problem.response)
+    return celer_path(problem.design, problem.response, "lasso", alphas=alphas, tol=tol)[1].T
+
+
+PATH_PEERS = (
+    Peer("scikit-learn Gram kernel f64, warm", "sklearn", 1e-6, range(4, 17), _sklearn_gram_path_f64),
+    Peer("scikit-learn Gram kernel f32, warm", "sklearn", 1e-4, range(3, 8), _sklearn_gram_path_f32),
+    Peer("scikit-learn lars_path_gram", "sklearn", 1e-6, (0,), _sklearn_lars_path),
+    Peer("adelie gaussian_cov path", "adelie", 1e-6, range(11, 18), _adelie_path),
+    Peer("celer_path on cov^(1/2)", "celer", 1e-6, range(4, 17), _celer_whole_path),
 )
 
 

@@ -292,6 +292,8 @@ CsrRows<T> solve(const Problem<T>& problem, const double* lam, double tol, int64
   const auto index = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(chunk * capacity));
   const auto value = std::make_unique_for_overwrite<T[]>(static_cast<size_t>(chunk * capacity));
   const auto count = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(chunk));
+  std::vector<double> variance(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; i++) variance[static_cast<size_t>(i)] = problem.cov[i * (problem.stride + 1)];
   CsrRows<T> rows;
   for (int64_t first = 0; first < problem.num_targets; first += chunk) {
     const int64_t size = std::min(chunk, problem.num_targets - first);
@@ -300,6 +302,7 @@ CsrRows<T> solve(const Problem<T>& problem, const double* lam, double tol, int64
     args.cov = packed.get();
     args.n = n;
     args.ld = leading_dimension(n, sizeof(T));
+    args.variance = variance.data();
     args.targets = problem.targets + first;
     args.lam = lam + first;
     args.num_lams = 1;
@@ -312,7 +315,7 @@ CsrRows<T> solve(const Problem<T>& problem, const double* lam, double tol, int64
     args.capacity = capacity;
     args.count = count.get();
     args.info = info + first * kCovlassoInfoSize;
-    nd::cpu::solve_scaled(args, size, 0, scale, [&](const CovlassoArgs<T>& scaled) {
+    nd::cpu::solve_scaled(args, size, n, scale, [&](const CovlassoArgs<T>& scaled) {
       parallel(size, 1, [&](int64_t begin, int64_t end) { CovlassoKernels<T>::solve()(scaled, begin, end); });
     });
     for (int64_t t = 0; t < size; t++) {

@@ -447,6 +447,7 @@ class Solver {
     const Segment segment = follow_path(wanted.k);
     const double position = segment.complete ? wanted.position : kEndOfPath;
     set_penalty(segment.high - static_cast<T>(position) * (segment.high - segment.low));
+    if (!segment.complete) k_ = 0;
     move_penalty();
     wanted.lam[t] = 2.0 * a_;
     Outcome outcome = segment.outcome;
@@ -463,7 +464,7 @@ class Solver {
     self_ = args_.cross ? -1 : row;
     cov_ = args_.cov + args_.cov_stride * t;
     target_ = args_.cross ? args_.cross + args_.ld * row : cov_ + args_.ld * row;
-    variance_ = args_.cross ? args_.variance[row] : static_cast<double>(target_[row]) - args_.ridge;
+    variance_ = args_.variance[row];
     penalty_ = args_.penalty ? args_.penalty + args_.penalty_stride * t : nullptr;
     k_ = 0;
     pivots_ = 0;
@@ -872,8 +873,10 @@ class Solver {
     int joining, leaving;
   };
 
-  // From lambda_max down to the first segment with `wanted` nonzeros; the state is then that at its upper end.
+  // From lambda_max down to the first segment with `wanted` nonzeros; the state is then that at its upper end. Without
+  // one, the last segment with fewer.
   Segment follow_path(int64_t wanted) {
+    Segment fewer = {top_, top_, false, Outcome::converged};
     set_penalty(top_);
     move_penalty();
     for (int j = 0; j < n_; j++) barred_[j] = 0;
@@ -884,7 +887,8 @@ class Solver {
       const T low = a_ - event.length;
       const bool visible = event.length > kShortest<T> * top_;
       if (k_ == wanted && visible) return {a_, low, true, Outcome::converged};
-      if (event.joining < 0 && event.leaving < 0) return {a_, low, false, Outcome::converged};
+      if (k_ < wanted && visible) fewer = {a_, low, false, Outcome::converged};
+      if (event.joining < 0 && event.leaving < 0) return fewer;
       set_penalty(low);
       left = -1;
       if (event.leaving >= 0) {
@@ -898,7 +902,8 @@ class Solver {
         join(event.joining);
       }
     }
-    return {a_, 0, false, pivots_ < args_.max_pivots ? Outcome::converged : Outcome::capped};
+    if (pivots_ >= args_.max_pivots) fewer.outcome = Outcome::capped;
+    return fewer;
   }
 
   // Column j enters at the bound, with coefficient zero; a combination of the active columns is barred instead, until

@@ -178,11 +178,16 @@ template <class T>
 Packed<T> pack(const Covariance& c, double ridge) {
   const int64_t n = c.n(), ld = leading_dimension(n, sizeof(T)), count = c.batched() ? c.cov.size(0) : 1;
   const Tensor cov = rows_dense(c.cov);
+  const T* const values = static_cast<const T*>(cov.const_data_ptr());
   Packed<T> packed = {nd::empty({count, n, ld}, cov.scalar_type(), cov), cov, cov, 1};
-  const nd::cpu::Covariances<T> covs = {static_cast<const T*>(cov.const_data_ptr()), count, n,
-                                        c.batched() ? cov.stride(0) : 0, cov.stride(-2)};
+  const nd::cpu::Covariances<T> covs = {values, count, n, c.batched() ? cov.stride(0) : 0, cov.stride(-2)};
   packed.scale = nd::cpu::pack_covariances(covs, ridge, static_cast<T*>(packed.cov.mutable_data_ptr()), parallel);
-  if (!c.cross) return packed;
+  if (!c.cross) {  // the diagonal, as the ridge may drown it in the packed one
+    packed.variance = nd::empty({n}, ScalarType::Double, cov);
+    double* const variance = static_cast<double*>(packed.variance.mutable_data_ptr());
+    for (int64_t i = 0; i < n; i++) variance[i] = values[i * (covs.stride + 1)];
+    return packed;
+  }
   const Tensor cross = rows_dense(*c.cross);
   packed.variance = dense(*c.variance);
   nd::cpu::check_variance(static_cast<const double*>(packed.variance.const_data_ptr()), c.rows());
@@ -201,10 +206,8 @@ CovlassoArgs<T> arguments(const Covariance& c, const Packed<T>& packed, const Te
   args.n = c.n();
   args.ld = packed.cov.size(-1);
   args.cov_stride = c.batched() ? args.n * args.ld : 0;
-  if (c.cross) {
-    args.cross = static_cast<const T*>(packed.cross.const_data_ptr());
-    args.variance = static_cast<const double*>(packed.variance.const_data_ptr());
-  }
+  if (c.cross) args.cross = static_cast<const T*>(packed.cross.const_data_ptr());
+  args.variance = static_cast<const double*>(packed.variance.const_data_ptr());
   args.targets = static_cast<const int64_t*>(targets.const_data_ptr());
   args.num_lams = 1;
   args.penalty = data_of<T>(options.penalty);
@@ -235,7 +238,7 @@ Solution solve_on_cpu(const Covariance& c, const Tensor& targets, const Tensor& 
   args.start_value = data_of<T>(start.value);
   args.start_count = data_of<int32_t>(start.count);
   args.start_capacity = start.value ? start.value->size(1) : 0;
-  nd::cpu::solve_scaled(args, num_targets, c.cross ? c.rows() : 0, packed.scale, [&](const CovlassoArgs<T>& scaled) {
+  nd::cpu::solve_scaled(args, num_targets, c.rows(), packed.scale, [&](const CovlassoArgs<T>& scaled) {
     parallel(num_targets, 1, [&](int64_t begin, int64_t end) { CovlassoKernels<T>::solve()(scaled, begin, end); });
   });
   return solution;
@@ -286,8 +289,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> covlasso_top_k_cpu(Tensor cov
     const Packed<double> packed = pack<double>(c, ridge);
     double* const lams = static_cast<double*>(lam.mutable_data_ptr());
     const nd::cpu::CovlassoTopK wanted = {k, position, lams};
-    nd::cpu::solve_scaled(arguments(c, packed, targets, options, solution), num_targets, c.cross ? c.rows() : 0,
-                          packed.scale, [&](const CovlassoArgs<double>& scaled) {
+    nd::cpu::solve_scaled(arguments(c, packed, targets, options, solution), num_targets, c.rows(), packed.scale,
+                          [&](const CovlassoArgs<double>& scaled) {
                             parallel(num_targets, 1, [&](int64_t begin, int64_t end) {
                               nd::cpu::kernels().covlasso_top_k_f64(scaled, wanted, begin, end);
                             });

@@ -240,13 +240,26 @@ class _Accumulator:
         """Adds up the rows of all processes of `group` (default: all); afterwards every process holds the same state.
 
         First [count, count * mean] is summed, which gives the common means, and then the moments about those.
-        Every process has to call this, also one without rows, on accumulators of the same sizes.
+        Every process has to call this, also one without rows, on an accumulator of the same sizes.
 
         Raises:
-            RuntimeError: `torch.distributed` is not initialised.
+            RuntimeError: `torch.distributed` is not initialised, or another process died or did not call this within
+                the timeout of the group (NCCL: its watchdog ends the processes instead).
+            ValueError: another process has other sizes or another `center` (checked on the CPU only).
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("all_reduce needs torch.distributed: call torch.distributed.init_process_group first")
+        try:
+            self._all_reduce(group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "all_reduce: the exchange with the other processes failed; one of them has died or did not call "
+                f"all_reduce within the timeout of the group ({error})"
+            ) from error
+
+    def _all_reduce(self, group: dist.ProcessGroup | None) -> None:
+        if self.device.type == "cpu":
+            self._check_same_everywhere(group)
         sums = torch.cat([self._count[None], *(self._count * mean for mean in self._means.values())])
         dist.all_reduce(sums, group=group)
         count = sums[0]
@@ -260,6 +273,20 @@ class _Accumulator:
             if moment.dim() == 2 and len(set(self._BLOCKS[name])) == 1:  # the order of the sum differs by entry
                 moments[name] = (moment + moment.T) / 2
         self._count, self._means, self._moments = count.clone(), means, moments
+
+    def _check_same_everywhere(self, group: dist.ProcessGroup | None) -> None:
+        sizes = list(self._sizes.values())
+        own = torch.tensor([len(sizes), sizes[0], sizes[-1], self.center])
+        table = own.new_empty(dist.get_world_size(group), len(own))
+        dist.all_gather(list(table.unbind()), own, group=group)
+        if different := (table != own).any(1).nonzero()[:, 0].tolist():
+            raise ValueError(
+                f"all_reduce needs accumulators of one kind, n and center on all processes; on {different} they differ "
+                f"from {self._description()} here"
+            )
+
+    def _description(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in {**self._sizes, "center": self.center}.items())
 
     def state_dict(self) -> dict[str, Any]:
         """`count` [], the means and the moments by name, float64, and the flag `center`."""
@@ -288,8 +315,7 @@ class _Accumulator:
     def _check_compatible(self, name: str, other: _Accumulator) -> None:
         if type(other) is not type(self):
             raise TypeError(f"{name} must be a {type(self).__name__}, not {type(other).__name__}")
-        sizes = [{**accumulator._sizes, "center": accumulator.center} for accumulator in (other, self)]
-        theirs, ours = (", ".join(f"{key}={value}" for key, value in part.items()) for part in sizes)
+        theirs, ours = other._description(), self._description()
         if theirs != ours:
             raise ValueError(f"{name} has {theirs}, but the accumulator {ours}")
 
@@ -711,6 +737,14 @@ def _readable(x: Tensor, weights: Tensor | None) -> Tensor:
     return x if weights is None else torch.where((weights != 0)[..., None], x, 0.0)
 
 
+def _first_readable(x: Tensor, weights: Tensor | None) -> Tensor:
+    """The first row of x [B, N, n] whose weight is not 0: [B, n]."""
+    if weights is None:
+        return x[:, 0]
+    first = (weights != 0).int().argmax(1)
+    return x.gather(1, first[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
+
+
 def _cross_moments(
     targets: Tensor, predictors: Tensor, predictor_mean: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -728,11 +762,12 @@ def _cross_moments(
     weight_sum = torch.full((B,), float(N), **sums) if weights is None else weights.sum(1)
 
     total = torch.zeros(B, n, **sums)
+    origin = _first_readable(targets, weights).double() if N else total
     for rows in blocks:
         w = None if weights is None else weights[:, rows]
-        x = _readable(targets[:, rows], w).double()
+        x = _readable(targets[:, rows] - origin[:, None], w)  # zeros in a constant column
         total += x.sum(1) if w is None else (x * w[..., None]).sum(1)
-    mean = torch.where(weight_sum > 0, 1 / weight_sum, 0.0)[:, None] * total
+    mean = torch.where((weight_sum > 0)[:, None], origin + total / weight_sum[:, None], 0.0)
 
     p, q = mean.to(dtype), predictor_mean.to(dtype)
     diagonal, cross = torch.zeros(B, n, **sums), torch.zeros(B, n, m, **sums)

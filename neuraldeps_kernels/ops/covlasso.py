@@ -29,6 +29,7 @@ from neuraldeps_kernels.ops.covlasso_solution import (
     dense_rows,
     ranges,
 )
+from neuraldeps_kernels.ops.factored import FactoredCovariance, FactoredProblems
 from neuraldeps_kernels.profiling import annotated
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 Scalar = float | int
-Covariance = Tensor | CrossCovariance
+Covariance = Tensor | CrossCovariance | FactoredCovariance
 
 
 @annotated
@@ -225,8 +226,8 @@ def covlasso_top_k(
 
     Returns:
         CovLassoSolution, `lam` chosen as above. Status "too_few" where no penalty gives k nonzeros, because the
-        covariance has a smaller rank, or fewer categories correlate with the target; the coefficients are then those at
-        the end of the path. Differentiable in `cov` at the `lam` found, which counts as a constant.
+        covariance has a smaller rank, fewer categories correlate with the target, or several enter at once; the
+        coefficients are then those at the end of the last segment with fewer. Differentiable in `cov` at the `lam` found, which counts as a constant.
 
     Raises:
         ValueError: `k` is not between 1 and the number of candidates of every target, `position` not between 0 and 1;
@@ -240,14 +241,10 @@ def covlasso_top_k(
         raise ValueError(f"position must be between 0 and 1, not {position}")
     found: list[Tensor] = []
 
-    exact = problem.in_float64()
-
     def follow(rows: Tensor, _: int) -> Solved:
-        targets, penalty, cross, variance = exact.rows(rows)
-        options = (penalty, tol, limits.max_pivots, position, cross, variance, exact.nonnegative, exact.ridge)
-        value, index, count, info, lam = torch.ops.neuraldeps.covlasso_top_k(exact.cov, targets, k, *options)
+        solved, lam = problem.top_k(rows, k, limits, position)
         found.append(lam)
-        return value.to(problem.cov.dtype), index, count, info
+        return solved
 
     with torch.no_grad():
         parts = _solve_in_chunks(problem, 1, limits.max_pivots, follow, full=k)
@@ -320,6 +317,21 @@ class _Problem:
 
         return replace(self, cov=self.cov.double(), cross=double(self.cross), penalty=double(self.penalty))
 
+    def solve(self, rows: Tensor, lams: Tensor, limits: _Limits, capacity: int, start: Start | None) -> Solved:
+        """Some of the targets, at lams [R] or along lams [R, L]."""
+        targets, penalty, cross, variance = self.rows(rows)
+        tol, max_pivots = limits.tol, limits.max_pivots
+        options = (cross, variance, self.nonnegative, self.ridge, start)
+        return solve_targets(self.cov, targets, lams, penalty, tol, max_pivots, capacity, *options)
+
+    def top_k(self, rows: Tensor, k: int, limits: _Limits, position: float) -> tuple[Solved, Tensor]:
+        """Some of the targets with k nonzeros, and their lam; in float64."""
+        exact = self.in_float64()
+        targets, penalty, cross, variance = exact.rows(rows)
+        options = (penalty, limits.tol, limits.max_pivots, position, cross, variance, exact.nonnegative, exact.ridge)
+        value, index, count, info, lam = torch.ops.neuraldeps.covlasso_top_k(exact.cov, targets, k, *options)
+        return (value.to(self.cov.dtype), index, count, info), lam
+
     def requires_grad(self) -> bool:
         return self.cov.requires_grad or (self.cross is not None and self.cross.requires_grad)
 
@@ -330,6 +342,36 @@ class _Problem:
         own = (theta @ self.cov * theta).sum(1).double()
         c = self.cov[of] if self.cross is None else self.cross[of]
         return self.variances().repeat_interleave(lams) - 2 * (c * theta).sum(1).double() + own
+
+
+class _FactoredProblem(_Problem):
+    """A `_Problem` solved in float64, whose cov is a stand-in of the right shape and device, and of no memory."""
+
+    problems: FactoredProblems
+
+    @classmethod
+    def of(
+        cls, cov: FactoredCovariance, targets: Tensor, penalty: Tensor | None, nonnegative: bool, ridge: float
+    ) -> _FactoredProblem:
+        problem = cls(_stand_in(cov), None, None, targets, penalty, nonnegative, ridge)
+        object.__setattr__(problem, "problems", FactoredProblems(cov, targets, penalty, nonnegative, ridge))
+        return problem
+
+    def lambda_max(self) -> Tensor:
+        return self.problems.lambda_max()
+
+    def variances(self) -> Tensor:
+        return self.problems.cov.variances(self.targets)
+
+    def solve(self, rows: Tensor, lams: Tensor, limits: _Limits, capacity: int, start: Start | None) -> Solved:
+        return self.problems.take(rows).solve(lams, limits.tol, limits.max_pivots, capacity, start)
+
+    def top_k(self, rows: Tensor, k: int, limits: _Limits, position: float) -> tuple[Solved, Tensor]:
+        return self.problems.take(rows).top_k(k, limits.tol, limits.max_pivots, position)
+
+
+def _stand_in(cov: FactoredCovariance) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=cov.device).expand(cov.shape)
 
 
 # ------------------------------------------------------------------------------------------------ argument checks
@@ -345,7 +387,9 @@ def _checked_problem(
 ) -> _Problem:
     cross = variance = None
     excluded = False
-    if isinstance(cov, CrossCovariance):
+    if isinstance(cov, FactoredCovariance):
+        matrix = _stand_in(cov)
+    elif isinstance(cov, CrossCovariance):
         matrix, cross, excluded = _checked_covariance(cov.cov), cov.cross.to(cov.cov.dtype), cov.exclude_same
         cross, variance = cross.to(matrix.dtype), cov.variance.double()
     else:
@@ -358,6 +402,8 @@ def _checked_problem(
         ones = matrix.new_ones(()) if penalty is None else penalty
         same = indices[:, None] == torch.arange(matrix.shape[1], device=matrix.device)
         penalty = torch.where(same, torch.inf, ones)
+    if isinstance(cov, FactoredCovariance):
+        return _FactoredProblem.of(cov, indices, penalty, bool(nonnegative), float(ridge))
     return _Problem(matrix, cross, variance, indices, penalty, bool(nonnegative), float(ridge))
 
 
@@ -372,7 +418,9 @@ def _checked_limits(problem: _Problem, tol: float, max_pivots: int | None) -> _L
 
 def _checked_covariance(cov: Tensor) -> Tensor:
     if not isinstance(cov, Tensor):
-        raise TypeError(f"cov must be a torch.Tensor or a CrossCovariance, not {type(cov).__name__}")
+        raise TypeError(
+            f"cov must be a torch.Tensor, a CrossCovariance or a FactoredCovariance, not {type(cov).__name__}"
+        )
     if cov.dim() != 2 or cov.shape[0] != cov.shape[1]:
         raise ValueError(f"cov must be a square matrix [n, n], not {list(cov.shape)}")
     if cov.shape[0] == 0:
@@ -516,22 +564,8 @@ def _solved(problem: _Problem, lams: Tensor, limits: _Limits, warm_start: CovLas
     start = _padded_start(warm_start, problem)
 
     def solve(rows: Tensor, capacity: int) -> Solved:
-        targets, penalty, cross, variance = problem.rows(rows)
         of_rows = None if start is None else tuple(x[rows] for x in start)
-        return solve_targets(
-            problem.cov,
-            targets,
-            lams[rows],
-            penalty,
-            limits.tol,
-            limits.max_pivots,
-            capacity,
-            cross,
-            variance,
-            problem.nonnegative,
-            problem.ridge,
-            of_rows,
-        )
+        return problem.solve(rows, lams[rows], limits, capacity, of_rows)
 
     per_target = lams.shape[1] if lams.dim() == 2 else 1
     return _solution(problem, lams, _solve_in_chunks(problem, per_target, limits.max_pivots, solve))

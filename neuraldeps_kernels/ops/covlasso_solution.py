@@ -134,8 +134,12 @@ class CovLassoPath:
 
         Raises:
             ValueError: `index` has another shape or a value out of range.
+            TypeError: `index` is not of integers.
         """
-        index = torch.as_tensor(index, device=self.lams.device).long()
+        index = torch.as_tensor(index, device=self.lams.device)
+        if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+            raise TypeError(f"index must be integers, not {index.dtype}")
+        index = index.long()
         if index.shape != self.targets.shape:
             raise ValueError(f"index must be [{len(self.targets)}], not {list(index.shape)}")
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
@@ -161,13 +165,14 @@ class CovLassoPath:
 
     def dense(self) -> Tensor:
         """The coefficients as a dense [T, L, n] tensor."""
-        return dense_rows(self.coefficients).view(*self.lams.shape, -1)
+        return dense_rows(self.coefficients).view(*self.lams.shape, self.coefficients.shape[1])
 
 
 def csr(count: Tensor, column: Tensor, value: Tensor, n: int) -> Tensor:
     """Sparse CSR [rows, n] from the number of entries of each row, their columns and values."""
     crow = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    return torch.sparse_csr_tensor(crow, column.long(), value, (len(count), n), check_invariants=False)
+    shape = (len(count), n)
+    return torch.sparse_csr_tensor(crow, column.long(), value, shape, device=value.device, check_invariants=False)
 
 
 def dense_rows(coefficients: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ Johnstone, Tibshirani, 2004), with the direction at ties found as a least-square
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -156,22 +157,25 @@ def top_k(
     """First segment of each path with exactly k >= 1 nonzeros, solved at lam = high - position (high - low).
 
     The number of nonzeros is not monotone in lam: k may come back at smaller lam. Where no segment has k nonzeros,
-    theta is the end of the path at lam = 0, high = low = lam = 0, and `found` is False.
+    theta is the end of the path, high = low = lam are the lam of it (see `homotopy`), and `found` is False.
     """
     problems = _problems(cov, targets, penalty, cross, variance, ridge)
     theta, ends = torch.zeros_like(problems.c), torch.zeros(len(targets), 2, dtype=torch.float64)
+    found = torch.zeros_like(targets, dtype=torch.bool)
     for t in range(len(targets)):
         A, c, factors = problems.A[min(t, len(problems.A) - 1)], problems.c[t], problems.factors[t]
-        segments = _segments(A, c, problems.v[t], factors, nonnegative)
-        chosen = next((s for s in segments if len(s.support) == k), None)
-        if chosen is not None:
-            ends[t] = torch.tensor([chosen.high, chosen.low])
-            lam = chosen.high - position * (chosen.high - chosen.low)
-            theta[t] = _on_segment(A, c, factors, chosen.support, chosen.signs, lam)
-        elif segments:
-            theta[t] = _on_segment(A, c, factors, segments[-1].support, segments[-1].signs, 0.0)
-    high, low = ends.to(theta.device).unbind(1)
-    return TopK(theta, high - position * (high - low), high, low, high > 0)
+        last = None
+        for last in _segments(A, c, problems.v[t], factors, nonnegative):
+            if len(last.support) == k:
+                found[t] = True
+                break
+        if last is None:
+            continue
+        high, low, support, signs = last if found[t] else last._replace(high=last.low)
+        ends[t] = torch.tensor([high, low], dtype=torch.float64)
+        theta[t] = _on_segment(A, c, factors, support, signs, high - position * (high - low))
+    highs, lows = ends.to(theta.device).unbind(1)
+    return TopK(theta, highs - position * (highs - lows), highs, lows, found)
 
 
 def homotopy(
@@ -184,10 +188,14 @@ def homotopy(
     nonnegative: bool = False,
     ridge: float = 0.0,
 ) -> list[Segment]:
-    """All segments of the path of one target, from lambda_max (the first `high`) down to about 0."""
+    """All segments of the path of one target, from lambda_max (the first `high`) to 0.
+
+    The path ends earlier, with the last `low` above 0, where the predictors that would be used next are dependent to
+    rounding.
+    """
     which = torch.tensor([target], device=cov.device)
     A, c, v, factors = _problems(cov, which, penalty, cross, variance, ridge)
-    return _segments(A[0], c[0], v[0], factors[0], nonnegative)
+    return list(_segments(A[0], c[0], v[0], factors[0], nonnegative))
 
 
 def residual_covariance(
@@ -482,13 +490,13 @@ def _objective(Q: Tensor, q: Tensor, bound: Tensor, x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ the path by its kinks
 
 
-def _segments(A: Tensor, c: Tensor, v: Tensor, factors: Tensor, nonnegative: bool) -> list[Segment]:
-    """Segments of one path: A [m, m] with the ridge, c and factors [m], v scalar."""
+def _segments(A: Tensor, c: Tensor, v: Tensor, factors: Tensor, nonnegative: bool) -> Iterator[Segment]:
+    """Segments of one path in turn: A [m, m] with the ridge, c and factors [m], v scalar."""
     lam = 2 * float(((c.clamp_min(0) if nonnegative else c.abs()) / factors).max())
     end = 1e-9 * lam
     rounding = ROUNDING * (A.diagonal().clamp_min(0) * v).sqrt()
     support, reached = torch.zeros_like(c, dtype=torch.bool), torch.zeros_like(c, dtype=torch.bool)
-    signs, segments = torch.zeros_like(c), list[Segment]()
+    signs, current = torch.zeros_like(c), None
     while lam > end:
         theta = _on_segment(A, c, factors, support.nonzero()[:, 0], signs[support], lam)
         rho, bound = c - A @ theta, lam / 2 * factors
@@ -496,17 +504,20 @@ def _segments(A: Tensor, c: Tensor, v: Tensor, factors: Tensor, nonnegative: boo
         tied = support | reached | ((size >= bound * (1 - TIE) - rounding) & factors.isfinite())
         signs = torch.where(support, signs, rho.sign())
         slope = _direction(A, factors, tied, support, signs)  # d theta / d(-lam/2)
-        support = support | (slope != 0)
-        if not support.any():
+        if slope is None:
             break
+        support = support | (slope != 0)
         half, dropped, reached = _next_event(A, theta, rho, factors, slope, support, tied, lam, nonnegative)
         a = support.nonzero()[:, 0]
-        same = bool(segments) and torch.equal(segments[-1].support, a) and torch.equal(segments[-1].signs, signs[a])
-        high = segments.pop().high if same else lam
+        same = current is not None and torch.equal(current.support, a) and torch.equal(current.signs, signs[a])
+        if current is not None and not same:
+            yield current
+        high = current.high if current is not None and same else lam
         lam = 0.0 if lam - 2 * half <= end else lam - 2 * half
-        segments.append(Segment(high, lam, a, signs[a]))
+        current = Segment(high, lam, a, signs[a])
         support = support & ~dropped
-    return segments
+    if current is not None:
+        yield current
 
 
 def _on_segment(A: Tensor, c: Tensor, factors: Tensor, support: Tensor, signs: Tensor, lam: float) -> Tensor:
@@ -518,18 +529,21 @@ def _on_segment(A: Tensor, c: Tensor, factors: Tensor, support: Tensor, signs: T
     return theta
 
 
-def _direction(A: Tensor, factors: Tensor, tied: Tensor, support: Tensor, signs: Tensor) -> Tensor:
+def _direction(A: Tensor, factors: Tensor, tied: Tensor, support: Tensor, signs: Tensor) -> Tensor | None:
     """Change [m] of theta per decrease of lam/2, right after a kink.
 
     It minimises (1/2) d' A d - (penalty signs).d over the `tied` predictors, those at their bound, where one whose
     coefficient is still zero may only move away from zero on its side: signs_j d_j >= 0. This decides which of several
-    tied predictors enter. The method is that of Lawson and Hanson (1974) with the support always free.
+    tied predictors enter. The method is that of Lawson and Hanson (1974) with the support always free. None if A is not
+    positive definite, to rounding, on the predictors that enter.
     """
     d, member, weight = torch.zeros_like(factors), support.clone(), torch.where(tied, factors, 0.0) * signs
-    while True:
+    for _ in range(10 + 3 * len(factors)):  # in exact arithmetic it ends; rounding may make it turn round
         wanted, a = torch.zeros_like(d), member.nonzero()[:, 0]
-        if len(a):
-            wanted[a] = torch.linalg.solve(A[a][:, a], weight[a])
+        triangle, failed = torch.linalg.cholesky_ex(A[a][:, a])
+        if failed:
+            return None
+        wanted[a] = torch.cholesky_solve(weight[a, None], triangle)[:, 0]
         wrong = member & ~support & (wanted * signs <= 0)
         if wrong.any():  # go as far as the constraints allow, and give up what has become zero
             reach = torch.where(wrong, d / (d - wanted), torch.inf)
@@ -542,6 +556,7 @@ def _direction(A: Tensor, factors: Tensor, tied: Tensor, support: Tensor, signs:
         if gain.max() <= 1e-9 * factors[tied].max():
             return d
         member[gain.argmax()] = True
+    return None
 
 
 def _next_event(

@@ -26,7 +26,7 @@ struct CovlassoArgs {
   int64_t n, ld;               // ld: whole 64-byte lines, at least n rounded up to 16
   int64_t cov_stride;          // from the matrix of one target to that of the next; 0: one for all
   const T* cross;              // rows c [*, ld] as those of cov; null: rows of cov, without the target itself
-  const double* variance;      // [*] v, with cross
+  const double* variance;      // [*] v, one a row of cross, or of cov (its diagonal without the ridge)
   const int64_t* targets;      // [num_targets] row of cross and variance, or of cov
   const double* lam;           // [num_targets, num_lams], > 0
   int64_t num_lams;            // >= 1
@@ -99,6 +99,30 @@ struct MomentsPlan {
   int64_t workspace_bytes;
 };
 
+// Singular values sigma_1 >= .. >= sigma_k, k = min(m, n), of `batch` matrices, or for each of several tolerances their
+// rank #{ i : sigma_i > max(atol, rtol sigma_1) }. Exactly one of values and rank is given; basis needs values.
+struct SpectrumArgs {
+  const void* a;  // [batch, m, n] of dtype
+  Dtype dtype;
+  int64_t batch, m, n;               // m, n >= 1
+  int64_t batch_stride, row_stride;  // in elements
+  void* values;                      // [batch, k], float64 for float64 input, else float32; NaN where a is not finite
+  int64_t* rank;                     // [batch, num_rtol]; -1 where a is not finite, or kRankUndecided
+  const double* rtol;                // [num_rtol] >= 0
+  int64_t num_rtol;
+  double atol;     // >= 0
+  bool hermitian;  // ranks: m = n, a is symmetric, of which the lower triangle is read; sigma are its absolute
+                   // eigenvalues
+  double* basis;   // [batch, k, k] singular vectors of the shorter side, one a row, or null; then values are float64
+};
+constexpr int64_t kSpectrumGroup = 16;  // tasks of small matrices begin at multiples of it
+constexpr int64_t kRankUndecided = -2;  // rounding may change the count: the caller takes singular values in float64
+
+struct SpectrumPlan {
+  int64_t group;            // matrices a task takes at once
+  int64_t workspace_bytes;  // of a task, aligned to 64
+};
+
 // One table per instruction-set level.
 struct Kernels {
   const char* level;
@@ -118,6 +142,9 @@ struct Kernels {
   void (*moments_pack)(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end);
   void (*moments_multiply)(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end);
   void (*moments_finish)(const MomentsArgs& args, int64_t begin, int64_t end);
+  // Matrices [begin, end); begin is a multiple of the group of the plan.
+  SpectrumPlan (*spectrum_plan)(const SpectrumArgs& args);
+  void (*spectrum)(const SpectrumArgs& args, int64_t begin, int64_t end, void* workspace);
 };
 
 // Runs all stages; parallel(count, f) must call f(begin, end) over [0, count) and return when all are done.
