@@ -5,8 +5,14 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
+import networkx
 import numpy as np
 import pytest
 import torch
@@ -14,14 +20,15 @@ from PIL import Image
 
 import neuraldeps_kernels
 from neuraldeps_kernels import cli
-from neuraldeps_kernels.analysis import find_dependencies
+from neuraldeps_kernels.analysis import find_dependencies, model_matrix
 from neuraldeps_kernels.cli import demo as demo_module
+from neuraldeps_kernels.cli.compare import stream_names
 from neuraldeps_kernels.cli.deps import parse_targets
 from neuraldeps_kernels.cli.output import output_folder
 from neuraldeps_kernels.data import networks
 from neuraldeps_kernels.data.networks import Network
 
-FIGURES = {"spectrum.png", "error_curve.png", "dependencies.png", "matrix.png"}
+FIGURES = {"spectrum.png", "error_curve.png", "dependencies.png", "matrix.png", "graph.png"}
 NAMES = [f"kind {i}" for i in range(8)]
 
 
@@ -69,7 +76,7 @@ def test_deps_writes_report_csv_and_plots(folder: Path, capsys: pytest.CaptureFi
     assert run("deps", "a.npy", *options, "--out", "new/report") == 0
     capsys.readouterr()
     out = folder / "new" / "report"
-    assert {path.name for path in out.iterdir()} == FIGURES | {"report.json", "dependencies.csv"}
+    assert {path.name for path in out.iterdir()} == FIGURES | {"report.json", "dependencies.csv", "graph.graphml"}
     assert [path.name for path in (folder / "new").iterdir()] == ["report"]  # no draft is left
     content = json.loads((out / "report.json").read_text())
     expected = find_dependencies(
@@ -78,6 +85,9 @@ def test_deps_writes_report_csv_and_plots(folder: Path, capsys: pytest.CaptureFi
     assert {name: content[name] for name in expected} == expected
     assert content["files"] == ["a.npy"]
     assert len(content["error_curve"]) == 16
+    assert networkx.read_graphml(out / "graph.graphml").number_of_edges() == sum(
+        row["k"] for row in content["categories"]
+    )
     rows = list(csv.DictReader((out / "dependencies.csv").open()))
     assert {(row["target_name"], row["predictor_name"]) for row in rows if row["target"] == "0"} == {
         ("kind 0", "kind 3"),
@@ -92,6 +102,40 @@ def test_deps_json_on_standard_output(folder: Path, capsys: pytest.CaptureFixtur
     assert [row["name"] for row in content["categories"]] == ["kind 5", "kind 0"]
     assert content["categories"][0]["held_out"] is None
     assert content["settings"]["standardize"] is True
+
+
+def test_deps_shows_the_path(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("deps", "a.npy", "--path", "5", "--lam-min-ratio", "0.02", "--targets", "0,3") == 0
+    text = capsys.readouterr().out
+    assert "path: held-out quality along the penalty" in text
+    rows = [line.split()[1] for line in text.splitlines() if line.startswith("│")]
+    assert [float(ratio) for ratio in rows[-5:]] == pytest.approx(np.geomspace(1, 0.02, 5), rel=5e-3)
+    assert run("deps", "a.npy", "--path", "3", "--json") == 0
+    curve = json.loads(capsys.readouterr().out)["error_curve"]
+    assert [point["lam_ratio"] for point in curve] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ("--top-k 2 --refit", {"top_k": 2, "refit": True}),
+        (
+            "--select one-standard-error --path 6 --validation 0.3",
+            {"select": "one_standard_error", "n_lambdas": 6, "validation": 0.3},
+        ),
+        ("--select held-out --lam-min-ratio 0.05", {"select": "held_out", "lam_min_ratio": 0.05}),
+        ("--nonnegative --ridge 0.1", {"nonnegative": True, "ridge": 0.1}),
+        ("--resamples 3 --seed 4", {"resamples": 3, "seed": 4}),
+    ],
+)
+def test_options_are_those_of_find_dependencies(
+    arguments: str, options: dict[str, object], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = [i // 3 for i in range(300)]
+    expected = find_dependencies(planted(), groups=groups, **options).to_dict()  # type: ignore[arg-type]
+    assert run("deps", "a.npy", "--groups", "groups.txt", "--json", *arguments.split()) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert {name: content[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -137,6 +181,74 @@ def test_failure_while_writing_leaves_nothing(folder: Path, monkeypatch: pytest.
     assert sorted(folder.rglob("*")) == before
 
 
+STOPPED = """
+import sys, time
+from pathlib import Path
+from neuraldeps_kernels.cli.output import output_folder
+
+with output_folder(Path(sys.argv[1]), force=True) as draft:
+    (draft / "half.txt").write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "target"), [(signal.SIGTERM, "new/report"), (signal.SIGHUP, "old")])
+def test_a_signal_leaves_nothing_behind(number: signal.Signals, target: str, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "half.txt").write_text("whole")
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["old", "old/half.txt"]
+    assert (tmp_path / "old" / "half.txt").read_text() == "whole"
+
+
+def test_output_folder_restores_handlers_and_works_in_threads(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with output_folder(tmp_path / "a", force=False) as draft:
+        assert signal.getsignal(signal.SIGTERM) != before
+        (draft / "x").touch()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+    def write() -> None:
+        with output_folder(tmp_path / "b", force=False) as draft:
+            (draft / "x").touch()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert (tmp_path / "b" / "x").is_file()
+
+
+def test_a_signal_while_files_are_replaced_waits_for_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "o").mkdir()
+    for name in "abc":
+        (tmp_path / "o" / name).write_text("old")
+    replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        replace(source, target)
+
+    def replace_all() -> None:
+        with output_folder(tmp_path / "o", force=True) as draft:
+            for name in "abc":
+                (draft / name).write_text("new")
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(SystemExit) as end:
+        replace_all()
+    assert end.value.code == 128 + signal.SIGTERM
+    assert [(tmp_path / "o" / name).read_text() for name in "abc"] == ["new"] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
 def test_output_folder_merges_subfolders_with_force(tmp_path: Path) -> None:
     for text in ("first", "second"):
         with output_folder(tmp_path / "o", force=text == "second") as draft:
@@ -157,7 +269,20 @@ def test_output_folder_merges_subfolders_with_force(tmp_path: Path) -> None:
         ("two.npz", "choose with key (--key)"),
         ("two.npz --key third", "has no array 'third'; found first, second"),
         ("a.npy short.npy", "short.npy: 20 samples, but a.npy has 300"),
-        ("a.npy b.npy a.npy", "expected one or two files of logits, got 3"),
+        ("a.npy b.npy a.npy", "expected one or two files of logits, got 3; see neuraldeps compare for more"),
+        ("a.npy --lam 1 --top-k 2", "lam and top_k must not both be given"),
+        ("a.npy --top-k 8", "k must be"),
+        ("a.npy --top-k 0", "Invalid value for '--top-k'"),
+        ("a.npy --select best", "Invalid value for '--select'"),
+        ("a.npy --select held-out --validation 1", "validation must be a share between 0 and 1"),
+        ("a.npy --validation 0.3", "--validation needs --select"),
+        ("a.npy --lam-min-ratio 0.3", "--lam-min-ratio needs --path or --select"),
+        ("a.npy --path 1", "Invalid value for '--path'"),
+        ("a.npy --path 5 --lam-min-ratio 2", "lam_min_ratio must be between 0 and 1, got 2"),
+        ("a.npy --nonnegative --refit", "refit must be False with nonnegative"),
+        ("a.npy --ridge -1", "Invalid value for '--ridge'"),
+        ("a.npy --ridge 1 --standardize", "ridge must be 0 with standardize"),
+        ("a.npy --resamples -1", "Invalid value for '--resamples'"),
         ("a.npy --class-names labels.txt", "labels.txt: expected 8 lines, one class name each, found 300"),
         ("a.npy --class-names absent.txt", "absent.txt: cannot be read"),
         ("a.npy --groups names.txt", "names.txt: expected 300 lines, one group each, found 8"),
@@ -216,6 +341,60 @@ def test_targets_by_name_and_number() -> None:
         parse_targets("1,", names, 4)
 
 
+# ------------------------------------------------------------------------------------------------ compare
+
+
+def test_compare_prints_and_writes_the_matrix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("c.npy", planted(n=6).numpy())
+    arguments = ("a.npy", "b.npy", "c.npy", "--groups", "groups.txt", "--refit", "--lam-ratio", "0.2")
+    assert run("compare", *arguments, "--out", "m") == 0
+    captured = capsys.readouterr()
+    assert "3 networks, each explained by each" in captured.out
+    assert "wrote m" in captured.err
+    streams = {"a": planted(), "b": planted() + 0.2 * planted(seed=1), "c": planted(n=6)}
+    expected = model_matrix(streams, lam_ratio=0.2, refit=True, groups=[i // 3 for i in range(300)])
+    assert json.loads((folder / "m" / "matrix.json").read_text()) == expected.to_dict()
+    assert (folder / "m" / "matrix.csv").read_text() == expected.to_csv()
+    assert np.asarray(Image.open(folder / "m" / "matrix.png").convert("L")).std() > 10
+    assert {path.name for path in (folder / "m").iterdir()} == {"matrix.json", "matrix.csv", "matrix.png"}
+    assert run("compare", *arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == expected.to_dict()
+    assert run("compare", *arguments, "--out", "m") == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("a.npy", "expected at least two files of logits, got 1; see neuraldeps deps for one"),
+        ("a.npy b.npy a.npy", "a.npy is given more than once"),
+        ("a.npy short.npy", "short.npy: 20 samples, but a.npy has 300"),
+        ("a.npy b.npy --lam 1 --lam-ratio 0.1", "lam and lam_ratio must not both be given"),
+        ("a.npy b.npy --out names.txt", "--out names.txt exists and is not a folder"),
+        ("a.npy b.npy --path 5", "--path needs --select"),
+        ("a.npy b.npy --resamples 3", "No such option: --resamples"),
+        ("", "Missing argument"),
+    ],
+)
+def test_bad_input_of_compare_is_one_clear_line(
+    arguments: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save("short.npy", planted(20).numpy())
+    before = sorted(folder.rglob("*"))
+    assert run("compare", *arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("neuraldeps: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_names_of_networks_are_their_files() -> None:
+    assert stream_names([Path("x/a.npy"), Path("y/b.pt")]) == ["a", "b"]
+    assert stream_names([Path("x/a.npy"), Path("y/a.npy")]) == ["x/a.npy", "y/a.npy"]
+
+
 # ------------------------------------------------------------------------------------------------ demo
 
 
@@ -251,7 +430,7 @@ def test_demo_on_own_pictures(photographs: Path, capsys: pytest.CaptureFixture[s
     assert "Measured on 24 held-out samples of 4 pictures" in captured.out
     out = photographs.parent / "d"
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    each = FIGURES | {"dependencies.csv"}
+    each = FIGURES | {"dependencies.csv", "graph.graphml"}
     assert written == {"report.json"} | each | {f"between/{name}" for name in each}
     content = json.loads((out / "report.json").read_text())
     assert len(content["source"]["pictures"]) == 16
@@ -339,9 +518,15 @@ def test_bench_passes_arguments_and_status_on(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "seen").read_text() == "covlasso --quick"
 
 
-def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
     assert run() == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("info", "deps", "demo", "bench"))
+    assert all(name in text for name in ("info", "deps", "compare", "demo", "bench"))
+    assert run("deps", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Logits (samples x categories)" in text  # square brackets would be taken for markup
+    assert "(default: 0.1)" in text
     assert run("rankk") == 2
     assert capsys.readouterr().err == "neuraldeps: error: No such command 'rankk'.\n"

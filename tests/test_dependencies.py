@@ -16,28 +16,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from planted_logits import COEFFICIENTS, NOISE, SUPPORT, normal, planted_logits
+from sklearn.linear_model import ElasticNet, lars_path
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from neuraldeps_kernels.analysis import DependencyReport, LogitStatistics, find_dependencies
-from neuraldeps_kernels.analysis.dependencies import CURVE_RATIOS, _held_out_mask, json_text
+from neuraldeps_kernels.analysis import (
+    CrossStatistics,
+    DependencyReport,
+    LogitStatistics,
+    find_dependencies,
+    inputs,
+)
+from neuraldeps_kernels.analysis.dependencies import CURVE_RATIOS, json_text
+from neuraldeps_kernels.analysis.inputs import held_out_mask
+from neuraldeps_kernels.analysis.progress import track
+from neuraldeps_kernels.analysis.selection import chosen, path_ratios
+from neuraldeps_kernels.analysis.stability import draws
 from neuraldeps_kernels.analysis.substitution import Samples, roc_auc, top_logits
 from neuraldeps_kernels.ops.covlasso import covlasso
-
-SUPPORT, COEFFICIENTS, NOISE = [3, 7, 11, 15], [0.9, -0.6, 0.8, 0.5], 0.4
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def planted_logits(samples: int = 6000, n: int = 20, seed: int = 0) -> Tensor:
-    """Independent logits of means 0, 1, ...; category 0 is 5 + SUPPORT . COEFFICIENTS + NOISE."""
-    f = normal(samples, n, seed=seed)
-    f[:, 0] = f[:, SUPPORT] @ torch.tensor(COEFFICIENTS, dtype=torch.float64) + NOISE * f[:, 0] + 5
-    f[:, 1:] += torch.arange(1, n)
-    return f
-
 
 # ------------------------------------------------------------------------------------------------ finding
 
@@ -136,7 +133,7 @@ def test_refit_is_least_squares_on_the_support() -> None:
 
 
 def test_refit_of_dependent_predictors_is_the_shortest_solution() -> None:
-    from neuraldeps_kernels.analysis.dependencies import _solve_positive
+    from neuraldeps_kernels.analysis.fitting import _solve_positive
 
     x = normal(100, 3, seed=5)
     x = torch.cat([x, x[:, :1]], 1)
@@ -168,6 +165,307 @@ def test_statistics_may_be_given_with_held_out_logits() -> None:
     assert report.to_dict() == expected.to_dict()
 
 
+@pytest.mark.parametrize(("nonnegative", "ridge"), [(True, 0.0), (False, 0.3), (True, 0.3)])
+def test_nonnegative_and_ridge_are_those_of_scikit_learn(nonnegative: bool, ridge: float) -> None:
+    """Ours is err2 + ridge |theta|^2 + lam |theta|_1, twice scikit-learn's objective."""
+    f, lam = planted_logits(400, 16), 0.1
+    report = find_dependencies(f, lam=lam, nonnegative=nonnegative, ridge=ridge, held_out=None)
+    alpha = lam / 2 + ridge
+    peer = ElasticNet(alpha=alpha, l1_ratio=lam / 2 / alpha, positive=nonnegative, tol=1e-12, max_iter=100_000)
+    for i in (0, 3, 7):
+        others = [j for j in range(16) if j != i]
+        peer.fit(f[:, others].numpy(), f[:, i].numpy())
+        dense = np.zeros(16)
+        dense[others] = peer.coef_
+        np.testing.assert_allclose(report.coefficients.to_dense()[i], dense, atol=2e-6)
+        assert report.dependencies(i)
+
+
+def test_refit_with_ridge_has_the_normal_equations_of_ridge_regression() -> None:
+    f = planted_logits(300)
+    report = find_dependencies(f, lam_ratio=0.1, ridge=0.2, refit=True, held_out=None)
+    S = np.cov(f.numpy().T, bias=True)
+    for i in range(20):
+        found = dict(report.dependencies(i))
+        a = sorted(found)
+        theta = np.linalg.solve(S[np.ix_(a, a)] + 0.2 * np.eye(len(a)), S[a, i])
+        np.testing.assert_allclose([found[j] for j in a], theta, atol=1e-9)
+
+
+def test_top_k_gives_the_first_k_of_the_lars_path() -> None:
+    f = planted_logits(400, 16)
+    report = find_dependencies(f, top_k=3, held_out=None)
+    assert report.n_nonzero.tolist() == [3] * 16
+    for i in range(16):
+        others = [j for j in range(16) if j != i]
+        x = (f - f.mean(0)).numpy()
+        _, _, path = lars_path(x[:, others], x[:, i], method="lasso")
+        first = next(theta for theta in path.T if np.count_nonzero(np.abs(theta) > 1e-12) >= 3)
+        assert {j for j, _ in report.dependencies(i)} == {others[j] for j in np.flatnonzero(np.abs(first) > 1e-12)}
+    assert "of 3 categories" in report.describe()
+
+
+def test_between_networks_never_forms_the_covariance_of_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    f, g = planted_logits(400), normal(400, 9, seed=21) + planted_logits(400)[:, :9]
+    joint = LogitStatistics.from_logits(f[:300], g[:300])
+    expected = find_dependencies(joint, held_out=(f[300:], g[300:]))
+
+    def never(*_: object) -> None:
+        raise AssertionError("a covariance of all targets")
+
+    monkeypatch.setattr(inputs, "CovarianceAccumulator", never)
+    monkeypatch.setattr(inputs, "covariance", never)
+    for source in (f[:300], CrossStatistics.from_logits(f[:300], g[:300])):
+        other = {"predictors": g[:300], "resamples": 1} if isinstance(source, Tensor) else {}
+        report = find_dependencies(source, held_out=(f[300:], g[300:]), **other)  # type: ignore[arg-type]
+        torch.testing.assert_close(report.coefficients.to_dense(), expected.coefficients.to_dense())
+        assert report.metrics is not None
+        assert expected.metrics is not None
+        torch.testing.assert_close(report.metrics.residual_ratio, expected.metrics.residual_ratio)
+        assert report.coefficients.shape == (20, 9)
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_no_tensor_is_made_on_the_default_device_or_turned_into_numpy(
+    between: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What forgets the device of its inputs lands on the meta device here, and fails where it meets them."""
+
+    def never(_: Tensor) -> None:
+        raise AssertionError("a hidden copy to NumPy")
+
+    options = {"predictors": normal(200, 6, seed=22)} if between else {"standardize": True}
+    f = planted_logits(200)
+    arguments = {**options, "refit": True, "resamples": 2, "select": "held_out", "n_lambdas": 4}
+    expected = find_dependencies(f, **arguments)  # type: ignore[arg-type]
+    with torch.device("meta"), monkeypatch.context() as patch:
+        patch.setattr(Tensor, "numpy", never)
+        report = find_dependencies(f, **arguments)  # type: ignore[arg-type]
+        assert report.summary() == expected.summary()
+        assert report.error_curve == expected.error_curve
+        replaced = report.replace_logits(f, options.get("predictors") if between else None)  # type: ignore[arg-type]
+    assert report.to_dict() == expected.to_dict()
+    assert replaced.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("between", [False, True])
+def test_sources_on_cuda(between: bool) -> None:
+    f, g = planted_logits(1200), normal(1200, 9, seed=23)
+    f[:, :9] += g
+    arguments = {
+        "refit": True,
+        "resamples": 3,
+        "select": "held_out",
+        "n_lambdas": 6,
+        "groups": [i // 4 for i in range(1200)],
+    }
+    expected = find_dependencies(f, predictors=g if between else None, **arguments)  # type: ignore[arg-type]
+    report = find_dependencies(f.cuda(), predictors=g.cuda() if between else None, **arguments)  # type: ignore[arg-type]
+    assert report.coefficients.device.type == "cpu"
+    assert report.statistics.predictor_cov.is_cuda
+    torch.testing.assert_close(report.coefficients.to_dense(), expected.coefficients.to_dense(), atol=1e-5, rtol=1e-4)
+    assert report.metrics is not None
+    assert expected.metrics is not None
+    torch.testing.assert_close(report.metrics.residual_ratio, expected.metrics.residual_ratio, atol=1e-5, rtol=1e-4)
+    replaced = report.replace_logits(f.cuda(), g.cuda() if between else None)
+    assert replaced.is_cuda
+    assert [p.support for p in report.error_curve] == [p.support for p in expected.error_curve]
+
+
+def test_logits_with_a_gradient_are_taken_as_they_are() -> None:
+    f, g = planted_logits(200), normal(200, 6, seed=24)
+    expected = find_dependencies(f, predictors=g, resamples=1)
+    report = find_dependencies(f.requires_grad_(), predictors=g.requires_grad_(), resamples=1)
+    assert not report.coefficients.requires_grad
+    assert report.metrics is not None
+    assert not report.metrics.residual_ratio.requires_grad
+    assert report.to_dict() == expected.to_dict()
+
+
+def test_logits_on_two_devices_are_named() -> None:
+    f = normal(50, 8, seed=14)
+    with pytest.raises(ValueError, match="predictors must be on cpu like the other logits, got meta"):
+        inputs.check_same_device("predictors", f.to("meta"), f)
+
+
+# ------------------------------------------------------------------------------------------------ choice of sparsity
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("rule", ["held_out", "one_standard_error"])
+def test_selected_penalty_is_that_of_brute_force(rule: str, refit: bool) -> None:
+    """Every point of every path solved alone, judged sample by sample; all groups are of one size.
+
+    12 logits, of which the first three are mixtures, in 60 groups of 4 with a common part.
+    """
+    common = normal(60, 12, seed=31).repeat_interleave(4, 0)
+    f = common + normal(240, 12, seed=32)
+    f[:, :3] += f[:, 3:6] + 0.5 * f[:, 6:9]
+    groups = [i // 4 for i in range(240)]
+    report = find_dependencies(
+        f,
+        groups=groups,
+        select=rule,
+        n_lambdas=9,
+        lam_min_ratio=0.02,
+        validation=0.3,
+        refit=refit,
+        seed=5,
+        held_out=0.25,
+    )  # type: ignore[arg-type]
+    measured = held_out_mask(torch.tensor(groups), 0.25, 5)
+    rest, rest_groups = f[~measured], torch.tensor(groups)[~measured]
+    judging = held_out_mask(rest_groups, 0.3, 5)
+    x, z = rest[~judging].numpy(), rest[judging].numpy()
+    mean, cov = x.mean(0), np.cov(x.T, bias=True)
+    ratios = np.geomspace(1, 0.02, 9)
+    for i in range(12):
+        top = 2 * np.abs(np.delete(cov[i], i)).max()
+        errors, deviations = [], []
+        for ratio in ratios:
+            theta = covlasso(torch.tensor(cov), float(ratio * top), targets=[i]).dense()[0].numpy()
+            if refit:
+                a = np.flatnonzero(theta)
+                theta[a] = np.linalg.lstsq(x[:, a] - mean[a], x[:, i] - mean[i], rcond=None)[0]
+            square = (mean[i] + (z - mean) @ theta - z[:, i]) ** 2
+            errors.append(square.mean() / z[:, i].var())
+            of_groups = square.reshape(-1, 4).mean(1)  # groups stand together
+            deviations.append(of_groups.std(ddof=1) / len(of_groups) ** 0.5 / z[:, i].var())
+        best = int(np.argmin(errors))
+        if rule == "one_standard_error":
+            best = next(l for l in range(9) if errors[l] <= errors[best] + deviations[best])
+        assert report.selection is not None
+        np.testing.assert_allclose(report.selection.error[i], errors, rtol=1e-5)
+        np.testing.assert_allclose(report.selection.standard_error[i], deviations, rtol=1e-5)
+        assert int(report.selection.chosen[i]) == best
+    whole = find_dependencies(rest, lam_ratio=report.selection.lam_ratio, held_out=None, refit=refit)
+    torch.testing.assert_close(report.coefficients.to_dense(), whole.coefficients.to_dense())
+    row = report.to_dict()["categories"][0]
+    assert row["lam_ratio"] == pytest.approx(float(ratios[report.selection.chosen[0]]))
+    assert row["residual_ratio_validation"] == pytest.approx(float(report.selection.error[0].min()), rel=0.5)
+
+
+def test_selection_with_ready_statistics_divides_the_held_out_samples() -> None:
+    f = planted_logits(900)
+    statistics = LogitStatistics.from_logits(f[:600])
+    report = find_dependencies(statistics, held_out=f[600:], select="held_out", validation=0.4, n_lambdas=6)
+    assert report.selection is not None
+    assert report.held_out is not None
+    assert (report.selection.samples, len(report.held_out)) == (120, 180)
+    rows = torch.cat([report.held_out.logits, f[600:][held_out_mask(torch.arange(300), 0.4, 0)]])
+    torch.testing.assert_close(rows.sort(0).values, f[600:].sort(0).values)
+    with pytest.raises(ValueError, match="select needs samples to judge on"):
+        find_dependencies(statistics, held_out=None, select="held_out")
+
+
+def test_rules_of_choice() -> None:
+    error = torch.tensor([[1.0, 0.5, 0.4, 0.45], [math.nan] * 4, [0.2, 0.2, 0.3, 0.2]], dtype=torch.float64)
+    deviation = torch.tensor([[0.3, 0.3, 0.11, 0.3], [math.nan] * 4, [0.0] * 4], dtype=torch.float64)
+    assert chosen(error, deviation, "held_out").tolist() == [2, 0, 0]
+    assert chosen(error, deviation, "one_standard_error").tolist() == [1, 0, 0]
+
+
+def test_path_ratios_are_geometric() -> None:
+    np.testing.assert_allclose(path_ratios(5, 1e-2), np.geomspace(1, 1e-2, 5))
+    report = find_dependencies(planted_logits(200), n_lambdas=4, lam_min_ratio=0.05)
+    assert [p.lam_ratio for p in report.error_curve[::2]] == pytest.approx(np.geomspace(1, 0.05, 4))
+
+
+# ------------------------------------------------------------------------------------------------ resamples
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(1, 4), st.integers(0, 3))
+def test_draws_take_as_many_groups_as_there_are_with_replacement(groups: list[int], number: int, seed: int) -> None:
+    ids = torch.tensor(groups)
+    weights = list(draws(ids, number, seed))
+    assert len(weights) == number
+    for weight in weights:
+        times = [set(weight[ids == group].tolist()) for group in set(groups)]
+        assert all(len(each) == 1 for each in times)
+        assert sum(each.pop() for each in times) == len(set(groups))
+
+
+@pytest.mark.parametrize("options", [{"lam_ratio": 0.2}, {"lam": 0.3}, {"top_k": 3}, {"lam_ratio": 0.2, "refit": True}])
+@pytest.mark.parametrize("between", [False, True])
+def test_frequencies_are_those_of_rows_drawn_again(between: bool, options: dict[str, float]) -> None:
+    """Against copies of the drawn rows, their covariance by NumPy, and counts in dictionaries."""
+    f = planted_logits(120, 16)
+    g = normal(120, 16, seed=41) + f.flip(1) if between else f
+    groups = torch.arange(120) // 5
+    f[:, 2] += 0.3 * f[:, 3]  # an unsure dependency
+    report = find_dependencies(
+        f,
+        predictors=g if between else None,
+        exclude_same=None,
+        groups=groups,
+        held_out=None,
+        resamples=6,
+        seed=3,
+        **options,
+    )  # type: ignore[arg-type]
+    counts: dict[tuple[int, int], int] = {}
+    overlap = np.zeros(16)
+    plain = find_dependencies(f, predictors=g if between else None, held_out=None, **{**options, "refit": False})  # type: ignore[arg-type]
+    for weights in draws(groups, 6, 3):
+        rows = np.repeat(np.arange(120), weights.long().numpy())
+        assert len(rows) == 120
+        drawn = torch.from_numpy(f.numpy()[rows])
+        other = {"predictors": torch.from_numpy(g.numpy()[rows])} if between else {}
+        again = find_dependencies(drawn, held_out=None, **other, **{k: v for k, v in options.items() if k != "refit"})  # type: ignore[arg-type]
+        for i in range(16):
+            signs, now = (dict(each.dependencies(i)) for each in (plain, again))
+            for j in now:
+                counts[i, j] = counts.get((i, j), 0) + (j in signs and (now[j] > 0) == (signs[j] > 0))
+            either = set(signs) | set(now)
+            overlap[i] += len(set(signs) & set(now)) / len(either) if either else 1
+    for i in range(16):
+        frequencies = dict(zip((j for j, _ in report.dependencies(i)), report.frequencies(i), strict=True))
+        assert frequencies == {j: pytest.approx(counts.get((i, j), 0) / 6) for j in frequencies}
+    assert report.stability is not None
+    np.testing.assert_allclose(report.stability.overlap, overlap / 6)
+    assert (report.stability.same_sign <= report.stability.chosen).all()
+    assert report.stability.groups == 24
+
+
+def test_planted_predictors_always_return_and_chance_ones_do_not() -> None:
+    report = find_dependencies(planted_logits(400), lam_ratio=0.05, resamples=20)
+    frequency = dict(zip((j for j, _ in report.dependencies(0)), report.frequencies(0), strict=True))
+    assert [frequency.pop(j) for j in SUPPORT] == [1.0] * 4
+    assert frequency
+    assert np.mean(list(frequency.values())) < 0.9
+
+
+def test_frequencies_are_in_table_csv_and_json() -> None:
+    from rich.console import Console
+
+    report = find_dependencies(planted_logits(300), lam_ratio=0.1, resamples=4, groups=[i // 3 for i in range(300)])
+    rows = list(csv.DictReader(io.StringIO(report.to_csv())))
+    frequencies = [share for i in range(20) for share in report.frequencies(i)]
+    assert [float(row["frequency"]) for row in rows] == frequencies
+    content = report.to_dict()
+    assert [share for row in content["categories"] for share in row["frequencies"]] == frequencies
+    assert content["settings"]["resamples"] == 4
+    assert 0 < content["summary"]["same_sign_median"] <= 1
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.table([0], top=1))
+    ((j, value),) = report.dependencies(0, 1)
+    assert f"{value:+.2f} {j} ({report.frequencies(0)[0]:.0%})" in console.export_text()
+    assert "4 resamples of 80 groups" in report.describe()
+    with pytest.raises(ValueError, match="resamples needs logits"):
+        find_dependencies(LogitStatistics.from_logits(planted_logits(50)), resamples=1, held_out=None)
+
+
+def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(track(range(5), "counting", 5)) == list(range(5))
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
 # ------------------------------------------------------------------------------------------------ held-out groups
 
 
@@ -178,9 +476,9 @@ def test_a_group_is_never_on_both_sides(groups: list[int], share: float, seed: i
     number = len(set(groups))
     if math.ceil(share * number) == number:
         with pytest.raises(ValueError, match="leaves none"):
-            _held_out_mask(ids, share, seed)
+            held_out_mask(ids, share, seed)
         return
-    kept = _held_out_mask(ids, share, seed)
+    kept = held_out_mask(ids, share, seed)
     assert not set(ids[kept].tolist()) & set(ids[~kept].tolist())
     assert len(ids[kept].unique()) == math.ceil(share * number)
 
@@ -320,7 +618,7 @@ def test_metrics_do_not_depend_on_how_targets_are_chunked(monkeypatch: pytest.Mo
     f = planted_logits(200)
     whole = find_dependencies(f).metrics
     monkeypatch.setattr("neuraldeps_kernels.analysis.substitution.CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr("neuraldeps_kernels.analysis.dependencies.CHUNK_TARGETS", 3)
+    monkeypatch.setattr("neuraldeps_kernels.analysis.fitting.CHUNK_TARGETS", 3)
     parts = find_dependencies(f).metrics
     assert whole is not None
     assert parts is not None
@@ -352,9 +650,12 @@ def test_replace_logits_is_the_affine_prediction(report: DependencyReport) -> No
 def test_replace_logits_between_networks() -> None:
     f, g = planted_logits(500), normal(500, 6, seed=12)
     report = find_dependencies(f, predictors=g, lam_ratio=0.05)
-    mean, theta = report.statistics.mean, report.coefficients.to_dense()
-    assert not theta[:, :20].any()
-    torch.testing.assert_close(report.replace_logits(f, g), mean[:20] + (g - mean[20:]) @ theta[:, 20:].T)
+    f_mean, g_mean, theta = (
+        report.statistics.target_mean,
+        report.statistics.predictor_mean,
+        report.coefficients.to_dense(),
+    )
+    torch.testing.assert_close(report.replace_logits(f, g), f_mean + (g - g_mean) @ theta.T)
     with pytest.raises(ValueError, match="predictors must be the second network's logits"):
         report.replace_logits(f)
 
@@ -452,9 +753,11 @@ def test_error_curve_passes_through_the_report_and_falls(report: DependencyRepor
     "case",
     [
         "within",
-        "between",  # two spectra, rectangular matrix
-        "few targets",  # rows are a choice
+        "between",  # rectangular matrix, a graph of two kinds of nodes
+        "few targets",  # rows are a choice, the graph is their neighbourhood
         "not measured",  # no held-out curves
+        "nonnegative",  # no refit on the curve
+        "resampled",  # dashed edges
         "nothing found",  # empty dependencies everywhere
         "many",  # cluster names instead of category names
     ],
@@ -465,12 +768,15 @@ def test_plots_are_written_and_not_blank(case: str, tmp_path: Path) -> None:
         "between": {"predictors": normal(400, 6, seed=13)},
         "few targets": {"targets": [0, 5]},
         "not measured": {"held_out": None},
+        "nonnegative": {"nonnegative": True},
+        "resampled": {"resamples": 2},
         "nothing found": {"lam_ratio": 1.5},
     }.get(case, {})
-    written = find_dependencies(f, **options).plot(tmp_path)  # type: ignore[arg-type]
+    written = find_dependencies(f, **options).plot(tmp_path, categories=options.get("targets"))  # type: ignore[arg-type]
     assert sorted(path.name for path in written) == [
         "dependencies.png",
         "error_curve.png",
+        "graph.png",
         "matrix.png",
         "spectrum.png",
     ]
@@ -485,6 +791,16 @@ def test_cautions_name_few_samples_and_uncertified_targets() -> None:
     few = find_dependencies(planted_logits(30), held_out=None)
     assert few.cautions() == ["30 samples are few for the covariance of 20 logits: the fit looks better than it is"]
     assert few.to_dict()["cautions"] == few.cautions()
+    coarse = find_dependencies(
+        planted_logits(400), select="held_out", n_lambdas=3, lam_min_ratio=0.5, targets=[0], held_out=None
+    )
+    assert coarse.cautions() == [
+        "1 targets chose the smallest penalty of the path: a smaller lam_min_ratio may be better"
+    ]
+    twins = planted_logits(400)[:, :16].repeat(1, 2)[:, :18]
+    twins[:, 2:] = twins[:, 2:3]  # of 17 predictors three are distinct
+    rare = find_dependencies(twins, top_k=5, held_out=None, targets=[0])
+    assert rare.cautions() == ["1 targets have fewer than 5 categories at any penalty"]
     unsolved = dataclasses.replace(few, status=torch.tensor([1, 2, 0] + [0] * 17))
     assert unsolved.cautions()[1] == "2 targets are not solved to the tolerance (capped, collinear)"
 
@@ -511,6 +827,23 @@ def test_json_text_keeps_strings_and_nested_lists() -> None:
     ("options", "message"),
     [
         ({"lam": 0.1, "lam_ratio": 0.1}, "lam and lam_ratio must not both"),
+        ({"lam": 0.1, "top_k": 2}, "lam and top_k must not both"),
+        ({"top_k": 2, "select": "held_out"}, "top_k and select must not both"),
+        ({"top_k": 0}, "k must be"),
+        ({"top_k": 8}, "k must be"),
+        ({"select": "best"}, "select must be one of held_out, one_standard_error or None, got 'best'"),
+        ({"select": "held_out", "n_lambdas": 1}, "n_lambdas must be at least 2, got 1"),
+        ({"select": "held_out", "lam_min_ratio": 1.0}, "lam_min_ratio must be between 0 and 1, got 1.0"),
+        ({"select": "held_out", "validation": 0.0}, "validation must be a share between 0 and 1, got 0.0"),
+        ({"select": "held_out", "validation": 0.97}, "leaves fewer than 2 of 40 samples for the path"),
+        (
+            {"select": "one_standard_error", "groups": [i // 17 for i in range(50)], "held_out": 0.3},
+            "needs at least 2 groups of validation samples",
+        ),
+        ({"refit": True, "nonnegative": True}, "refit must be False with nonnegative"),
+        ({"ridge": 0.1, "standardize": True}, "ridge must be 0 with standardize"),
+        ({"ridge": -0.1}, "ridge must"),
+        ({"resamples": -1}, "resamples must not be negative"),
         ({"lam": -1.0}, "lam must be positive"),
         ({"lam_ratio": 0.0}, "lam_ratio must be positive"),
         ({"class_names": ["a"] * 7}, "class_names must have 8 entries"),

@@ -66,6 +66,10 @@ class SubstitutionMetrics:
         """The metrics of some targets: a mask or indices."""
         return SubstitutionMetrics(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
+    def cpu(self) -> SubstitutionMetrics:
+        """The same on the CPU."""
+        return SubstitutionMetrics(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
+
     @classmethod
     def concatenated(cls, parts: Sequence[SubstitutionMetrics]) -> SubstitutionMetrics:
         """The metrics of the targets of all parts, one part after the other."""
@@ -191,7 +195,7 @@ def roc_auc(score: Tensor, positive: Tensor) -> Tensor:
     ordered = columns.sort(1).values
     rank = (torch.searchsorted(ordered, columns) + torch.searchsorted(ordered, columns, right=True) + 1).double() / 2
     wins = torch.where(positive[:, known].T, rank, 0.0).sum(1) - count * (count + 1) / 2
-    area = torch.full(known.shape, math.nan, dtype=torch.float64)
+    area = torch.full(known.shape, math.nan, dtype=torch.float64, device=score.device)
     area[known] = wins / (count * (len(score) - count))
     return area
 

@@ -9,13 +9,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 from torch import Tensor
 
 from neuraldeps_kernels.analysis import DependencyReport, LogitStatistics, find_dependencies
-from neuraldeps_kernels.analysis.dependencies import json_text
-from neuraldeps_kernels.cli.deps import curve_rows
-from neuraldeps_kernels.cli.output import check_output, console, messages, output_folder, progress
+from neuraldeps_kernels.analysis.formatting import json_text
+from neuraldeps_kernels.analysis.progress import progress_bar
+from neuraldeps_kernels.cli.output import check_output, console, curve_rows, curve_table, messages, output_folder
 from neuraldeps_kernels.data.logits import imagenet_class_names, load_imagenet_covariance
 
 NETWORKS = ("efficientnet-lite0", "efficientnet-lite1")
@@ -46,7 +45,7 @@ def demo(
     check_output(out, force)
     measured = _run_networks(from_pictures, crops)
     reports = _find(measured, own_statistics=from_pictures is not None)
-    measured.source["covariance"] = _covariance_source(reports["lite0"].statistics, from_pictures)
+    measured.source["covariance"] = _covariance_source(reports["lite0"].statistics.count, from_pictures)
     with messages().status("error curves and plots"), output_folder(out, force) as folder:
         _write(measured, reports, folder)
     _print(measured, reports)
@@ -62,7 +61,7 @@ def _run_networks(folder: Path | None, crops: int) -> Measured:
 
     pictures = packaged_pictures() if folder is None else folder_pictures(folder)
     networks = [load_network(name) for name in NETWORKS]
-    with progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task(f"{' and '.join(NETWORKS)}, {crops} crops a picture", total=len(pictures))
         result = crop_logits(networks, pictures, crops, advance=lambda: bar.advance(task))
     for message in result.unreadable:
@@ -121,12 +120,13 @@ def _write(measured: Measured, reports: dict[str, DependencyReport], folder: Pat
     (folder / "between").mkdir()
     for report, place in ((within, folder), (between, folder / "between")):
         report.to_csv(place / "dependencies.csv")
+        report.to_graphml(place / "graph.graphml")
         report.plot(place)
 
 
-def _covariance_source(statistics: LogitStatistics, folder: Path | None) -> str:
+def _covariance_source(samples: int, folder: Path | None) -> str:
     if folder is not None:
-        return f"{statistics.count} crops of the pictures in {folder} that are not held out"
+        return f"{samples} crops of the pictures in {folder} that are not held out"
     shipped = load_imagenet_covariance()
     return f"{shipped.provenance} {shipped.crops} crops of {shipped.pictures} pictures."
 
@@ -161,30 +161,3 @@ def _print(measured: Measured, reports: dict[str, DependencyReport]) -> None:
         if not name.endswith("allowed"):
             out.print(f"\n[bold]{name}[/]")
             out.print(report.table(count=10, top=4))
-
-
-def curve_table(name: str, report: DependencyReport) -> Table:
-    """The error curve of a report: penalised and refitted coefficients side by side."""
-    table = Table(title=f"[bold]{name}[/]: held-out quality along the penalty", title_justify="left", title_style="")
-    columns = ("ratio", "k", "R fit", "R held out", "R occurring", "precision", "recall", "top 5", "AUC")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    points = iter(report.error_curve)
-    for plain, refit in zip(points, points, strict=True):
-        fields = ("residual_ratio_fit", "residual_ratio", "residual_ratio_of_occurring")
-        pairs = [f"{getattr(plain, field):.2f} {getattr(refit, field):.2f}" for field in fields]
-        rates = [_rate(getattr(refit, field)) for field in ("precision", "recall", "top5", "auc")]
-        table.add_row(f"{plain.lam_ratio:g}", f"{plain.support:.0f}", *pairs, *rates)
-    number = "" if report.metrics is None else f" ({int((report.metrics.positives > 0).sum())} categories)"
-    table.caption = (
-        "Ratio: penalty / lambda_max. k and R: medians over all categories; R = residual / variance, first of "
-        "CovLasso, then of least squares on its support. "
-        f"Occurring: categories that the network sees in a held-out crop{number}. "
-        "Rates: its argmax against the original one with a single logit replaced by the least-squares dependency."
-    )
-    table.caption_justify = "left"
-    return table
-
-
-def _rate(value: float) -> str:
-    return "-" if value != value else f"{value:.3f}"
