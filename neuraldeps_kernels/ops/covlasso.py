@@ -227,7 +227,8 @@ def covlasso_top_k(
     Returns:
         CovLassoSolution, `lam` chosen as above. Status "too_few" where no penalty gives k nonzeros, because the
         covariance has a smaller rank, fewer categories correlate with the target, or several enter at once; the
-        coefficients are then those at the end of the last segment with fewer. Differentiable in `cov` at the `lam` found, which counts as a constant.
+        coefficients are then those at the end of the last segment with fewer. Differentiable in `cov` at the `lam`
+        found, which counts as a constant.
 
     Raises:
         ValueError: `k` is not between 1 and the number of candidates of every target, `position` not between 0 and 1;
@@ -237,6 +238,7 @@ def covlasso_top_k(
     problem = _checked_problem(cov, targets, candidates, penalty_factors, nonnegative, ridge)
     limits = _checked_limits(problem, tol, max_pivots)
     _check_count(k, problem)
+    _check_number("position", position)
     if not 0 < position < 1:
         raise ValueError(f"position must be between 0 and 1, not {position}")
     found: list[Tensor] = []
@@ -264,7 +266,7 @@ def covlasso_top_k(
         max_pivots=max_pivots,
         warm_start=solution,
     )
-    return replace(attached, lam=lams, status=torch.where(solution.status == 4, solution.status, attached.status))
+    return replace(attached, lam=lams, status=torch.where(solution.status > 0, solution.status, attached.status))
 
 
 # ------------------------------------------------------------------------------------------------ the problem
@@ -394,6 +396,7 @@ def _checked_problem(
         cross, variance = cross.to(matrix.dtype), cov.variance.double()
     else:
         matrix = _checked_covariance(cov)
+    _check_number("ridge", ridge)
     if not 0 <= ridge < float("inf"):
         raise ValueError(f"ridge must be finite and not negative, not {ridge}")
     indices = _checked_targets(targets, matrix if cross is None else cross)
@@ -408,6 +411,7 @@ def _checked_problem(
 
 
 def _checked_limits(problem: _Problem, tol: float, max_pivots: int | None) -> _Limits:
+    _check_number("tol", tol)
     if not tol > 0:
         raise ValueError(f"tol must be positive, not {tol}")
     pivots = 10_000 + 20 * problem.n if max_pivots is None else max_pivots
@@ -430,6 +434,11 @@ def _checked_covariance(cov: Tensor) -> Tensor:
     if cov.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"cov must be floating point, not {cov.dtype}")
     return cov
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
 
 
 def _check_device(name: str, value: object, cov: Tensor) -> None:
@@ -473,6 +482,9 @@ def _per_target(name: str, value: Tensor | Scalar | None, problem: _Problem) -> 
 
 def _geometric_grid(problem: _Problem, n_lambdas: int, lam_min_ratio: float) -> Tensor:
     """[T, L] from lambda_max down to lam_min_ratio of it."""
+    _check_number("lam_min_ratio", lam_min_ratio)
+    if not isinstance(n_lambdas, int):
+        raise TypeError(f"n_lambdas must be an integer, not {n_lambdas!r}")
     if n_lambdas < 1:
         raise ValueError(f"n_lambdas must be at least 1, not {n_lambdas}")
     if not 0 < lam_min_ratio < 1:
@@ -482,7 +494,10 @@ def _geometric_grid(problem: _Problem, n_lambdas: int, lam_min_ratio: float) -> 
 
 
 def _checked_grid(lams: Tensor | Sequence[float], problem: _Problem) -> Tensor:
+    """`lams` as [T, L]: positive, finite and strictly decreasing."""
     num_targets = len(problem.targets)
+    if isinstance(lams, str):
+        raise TypeError(f"lams must be numbers or a tensor, not {lams!r}")
     _check_device("lams", lams, problem.cov)
     grid = torch.as_tensor(lams, dtype=torch.float64, device=problem.cov.device)
     if grid.dim() not in (1, 2) or grid.shape[-1] == 0 or (grid.dim() == 2 and grid.shape[0] != num_targets):

@@ -242,11 +242,11 @@ def _padded(rows: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def _packed(cov: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Symmetrised, scaled by a power of two that brings the largest variance near one, the ridge on the diagonal;
+    """Symmetrised, scaled by a power of four that brings the largest variance near one, the ridge on the diagonal;
     and that scale, float64 on the device.
     """
     top = cov.diagonal(dim1=-2, dim2=-1).amax().double() + ridge
-    scale = torch.where(top > 0, torch.exp2(-torch.floor(torch.log2(top))), 1.0)
+    scale = torch.where(top > 0, torch.exp2(-2 * torch.floor(torch.log2(top) / 2)), 1.0)
     packed = _padded(cov + cov.mT, (scale / 2).to(cov.dtype))
     packed.diagonal(dim1=-2, dim2=-1).add_((ridge * scale).to(cov.dtype))
     return packed, scale
