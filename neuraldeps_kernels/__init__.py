@@ -37,6 +37,7 @@ from neuraldeps_kernels.ops.covlasso import (  # noqa: E402  needs the operators
     covlasso_top_k,
     lambda_max,
 )
+from neuraldeps_kernels.ops.factored import FactoredCovariance  # noqa: E402  needs the operators
 
 _LAZY_SUBMODULES = ("analysis", "arrays", "data", "distributed", "losses", "profiling", "reference")
 
@@ -46,6 +47,7 @@ __all__ = [
     "CovarianceAccumulator",
     "CrossCovariance",
     "CrossCovarianceAccumulator",
+    "FactoredCovariance",
     "__version__",
     "covariance",
     "covlasso",

@@ -1,1 +1,1 @@
-"""Data: the shipped ImageNet logit covariance, logits files, digits, pictures and networks inside installed packages."""
+"""Data: the shipped ImageNet logit covariance, logits files, digits, pictures and networks of installed packages."""
