@@ -1,9 +1,10 @@
-// CovLasso from a covariance matrix, exactly, one thread block a target:
+// CovLasso from covariances, exactly, one thread block a problem:
 //
-//     min over w, w_i = 0:   w' S w / 2 - s' w + sum_j a_j |w_j|,     s = S[i], a_j = a penalty_j, a = lam / 2
+//     min over w:   w' S w / 2 - s' w + sum_j a_j |w_j|,     a_j = a penalty_j, a = lam / 2      (w >= 0 if asked for)
 //
-// which is  Theta' S Theta + lam sum_j penalty_j |Theta_j|  with Theta_i = -1, halved. With rho = s - S w, w is optimal
-// iff rho_j = a_j sign(w_j) on the support and |rho_j| <= a_j elsewhere. A column of infinite penalty may not enter.
+// s: a row of S, whose own column i is left out, or a row of other covariances with the n columns. With rho = s - S w,
+// w is optimal iff rho_j = a_j sign(w_j) on the support and |rho_j| <= a_j elsewhere; without the bars if w >= 0. A
+// column of infinite penalty may not enter. A ridge is part of S. A path is a list of lam, solved one from the other.
 //
 // Method: block active set, that is semismooth Newton with a growth limit.
 //   1. w = inv(S_AA) (s_A - a_A sign_A) through a blocked Cholesky factor of S_AA. A coordinate that depends on those
@@ -15,23 +16,32 @@
 //      residual on A above tolerance is refined.
 // After 60 steps, or 10 that left coordinates out, single pivots: w moves up to the first sign change, which is
 // dropped, else the worst violator enters. If that depends on A, w moves along the null direction, until it takes the
-// place of another coordinate. The objective falls at each. No cap on the support; S may be singular.
+// place of another coordinate. The objective falls at each. No cap on the support but that of the outputs; S may be
+// singular. At the next lam of a path the set, its signs and the factor stay: two triangular solves and a pass.
+//
+// Exactly k nonzeros (float64): homotopy from lambda_max down with the same factor. Between two turns w = u - a v and
+// rho = p + a q; a pass that sums p and q finds where the next coordinate vanishes or joins. A column that depends on A
+// is put aside until a coordinate vanishes; ties are taken one by one. The segment found is solved as above.
 //
 // Floor per target: the certifying pass, n k values of S out of L2, and k^3 / 6 multiply-adds. n = 1000, k = 25, 1000
 // targets, float32: 0.1 GB. A solve reads 0.4 to 0.5 MB: passes over the growing supports, the float64 one, and gathers
 // of 32-byte sectors. Its time is a chain of waits: a step has 4 + 3 ceil(k/16) block barriers if few blocks are
 // factored, 16 dependent pivots a factored block, and n / 1024 times k/4 loads of rows. What counts is therefore the
-// number of targets that an SM holds.
+// number of targets that an SM holds. Where S exceeds L2 the rows come from memory: n = 50,000, k = 30 takes 6 MB a
+// pass.
 //
 // Threads: 4 warps a block, 8 blocks an SM in float32, 4 in float64. A block takes targets from a queue until it is
-// empty. Pass: 16 bytes a thread, two pieces of a row and four rows at a time. Factor: a warp owns 4 of the 16 columns
-// of a block, so that its triangular solve needs no block barrier; one warp inverts the diagonal block in registers.
-// Registers: the cap of 64 for 8 blocks costs float32 up to 64 bytes of stack. They hold what lives from one phase to
-// the next and an address of the float64 pass; the loops of the float32 pass and of the factor do not touch them.
+// empty. Where they are more than run at once, a first kernel sorts them into 32 buckets by the number of |s_j| > a_j,
+// and those with most come first. Pass: 16 bytes a thread, two pieces of a row and four rows at a time. Factor: a warp
+// owns 4 of the 16 columns of a block, so that its triangular solve needs no block barrier; one warp inverts the
+// diagonal block in registers. Registers: the cap of 64 for 8 blocks costs float32 up to 64 bytes of stack. They hold
+// what lives from one phase to the next; the loops of the passes and of the factor do not touch them.
 //
 // Memory: shared memory holds the violators of up to 2048 columns and the state of up to 80 (float32) or 64 (float64)
 // coordinates, 27.1 KB in float32 for n <= 1024. A larger support moves, doubling, to slices of the workspace. Slices
 // of one size form a pool under locks; a block takes them in rising order only, so that no two wait for each other.
+// Workspace: at most 128 MB or one slice a size (k^2 / 2 values), 256 MB of columns (8 n bytes a block) above n = 2048,
+// and 128 bytes a target. n = 50,000, 64 targets, capacity 1024, float32: 0.36 GB; n = 1000, 1000 targets: 0.46 GB.
 //
 // Determinism: sums in a fixed order, violators ranked by (violation, index); nothing depends on which block, slice or
 // warp came first. Limits: n < 2^26.
@@ -47,10 +57,17 @@ constexpr int kRows = 4;              // rows of S a thread reads at a time
 constexpr int kBins = 32;             // of violations, two an octave; one a lane
 constexpr int kMinAdd = 8;            // a step may always add this many coordinates
 constexpr int kMaxRefinements = 3;
-constexpr int kMaxDependent = 10;                   // steps that leave out coordinates, before single pivots
-constexpr int kMaxBlocks = 1024;                    // of a launch
-constexpr int64_t kPoolBytes = int64_t{128} << 20;  // of the slices of one size
-constexpr double kSafety = 0.85;                    // part of the tolerance at which a violator is taken up
+constexpr int kMaxDependent = 10;                     // steps that leave out coordinates, before single pivots
+constexpr int kMaxBlocks = 1024;                      // of a launch
+constexpr int64_t kPoolBytes = int64_t{128} << 20;    // of the slices of one size
+constexpr int64_t kColumnBytes = int64_t{256} << 20;  // of the columns of all blocks
+constexpr int kBuckets = 32;                          // of targets by expected work, two an octave; one a lane
+constexpr double kOnBound = 1e-10;                    // of penalty_j: a column that stays as near to its bound is on it
+constexpr double kAtRest = 1e-11;                     // of the fastest: a coordinate that does not move along the path
+constexpr double kShortest = 1e-9;                    // of its upper end: a segment of the path
+constexpr double kPathEnd = 1e-10;                    // of lambda_max: where a path ends
+constexpr double kPastTies = 1e-6;                    // of lam: how far down columns that tie are passed
+constexpr double kSafety = 0.85;                      // part of the tolerance at which a violator is taken up
 
 // Small values bring small matrices to the paths of large ones in the tests.
 #if !defined(ND_COVLASSO_GUARD_AFTER)
@@ -62,6 +79,14 @@ constexpr double kSafety = 0.85;                    // part of the tolerance at 
 #if !defined(ND_COVLASSO_SHARED_SUPPORT)
 #define ND_COVLASSO_SHARED_SUPPORT (sizeof(T) == 4 ? 80 : 64)
 #endif
+#if !defined(ND_COVLASSO_LEAST_LIMIT)
+#define ND_COVLASSO_LEAST_LIMIT 1024
+#endif
+#if !defined(ND_COVLASSO_PATIENCE)
+#define ND_COVLASSO_PATIENCE 32
+#endif
+constexpr int64_t kLeastLimit = ND_COVLASSO_LEAST_LIMIT;    // an active set may always grow to this size
+constexpr int kPatience = ND_COVLASSO_PATIENCE;             // turns of a homotopy that leave lam where it is
 constexpr int kGuardAfter = ND_COVLASSO_GUARD_AFTER;        // steps before single pivots
 constexpr int kSharedColumns = ND_COVLASSO_SHARED_COLUMNS;  // largest n whose violators are listed in shared memory
 template <class T>
@@ -77,7 +102,7 @@ constexpr T kLift = T(1e-2);             // part of that floor to which a pivot 
 constexpr double kNegativePivot = 1e-2;  // of the diagonal: below minus this, S is not PSD
 
 enum Info : int { kErr2, kDualityGap, kKktViolation, kPivots, kStatus, kLambdaMax, kInfoSize };
-enum Status : int { kConverged, kCapped, kCollinear, kNotPsd };
+enum Status : int { kConverged, kCapped, kCollinear, kNotPsd, kTooFew };
 
 // N values, loaded and stored as one.
 template <class T, int N>
@@ -88,6 +113,15 @@ struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
 template <int N, class T>
 __device__ __forceinline__ Pack<T, N> load(const T* p) {
   return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+
+// p, which points to global memory: pointers that were kept in shared memory do not tell.
+template <class T>
+__device__ __forceinline__ const T* global(const T* p) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
 }
 
 template <class T>
@@ -122,6 +156,16 @@ struct Me {
     warp = thread / kWarpSize;
   }
 };
+
+// x of lanes 0 to `lane`, summed.
+__device__ __forceinline__ int inclusive_sum(int x, int lane) {
+#pragma unroll
+  for (int o = 1; o < 32; o <<= 1) {
+    const int before = __shfl_up_sync(kFullWarp, x, o);
+    if (lane >= o) x += before;
+  }
+  return x;
+}
 
 // ------------------------------------------------------------------------------------------------------------- memory
 
@@ -160,18 +204,20 @@ struct Active {
   }
 };
 
+constexpr int kCounters = 1 + kBuckets;  // ints before the locks
+
 // The slices of the workspace for active sets of up to `capacity` coordinates; the first is the set in shared memory.
 template <class T>
 struct Pool {
   int64_t capacity = kSharedSupport<T>, slices = 0, bytes = 0;  // bytes of a slice
   int64_t first_lock = 0, offset = 0;                           // of the first slice; offset in bytes
 
-  __host__ __device__ Pool next(int64_t n, int64_t num_targets) const {
+  __host__ __device__ Pool next(int64_t n, int64_t blocks) const {
     Pool p;
     p.capacity = 2 * capacity < n ? 2 * capacity : round_up(n, W);
     p.bytes = round_up(Active<T>::bytes(p.capacity), 256);
-    const int64_t most = num_targets < kMaxBlocks ? num_targets : kMaxBlocks, fit = kPoolBytes / p.bytes;
-    p.slices = fit < 1 ? 1 : (fit < most ? fit : most);
+    const int64_t fit = kPoolBytes / p.bytes;
+    p.slices = fit < 1 ? 1 : (fit < blocks ? fit : blocks);
     p.first_lock = first_lock + slices;
     p.offset = offset + slices * bytes;
     return p;
@@ -195,33 +241,52 @@ struct Columns {
   __device__ __forceinline__ int part() const { return length / kWarps; }  // a warp's
 };
 
-// Bytes of the workspace: queue and locks, columns of every block, and with the slices of every size all of it.
+// How a launch is cut, and the bytes of its workspace: queue, buckets and locks; the buckets' lists of targets; columns
+// of every block; with the slices of every size all of it.
 struct Plan {
-  int64_t counters, columns, total;
+  int64_t blocks, limit;  // limit: of an active set
+  int64_t counters, lists, columns, total;
 };
 
 template <class T>
-Plan plan(int64_t n, int64_t num_targets) {
-  Pool<T> pool;
-  while (pool.capacity < n) pool = pool.next(n, num_targets);
-  const int64_t blocks = num_targets < kMaxBlocks ? num_targets : kMaxBlocks;
+Plan plan(int64_t n, int64_t num_targets, int64_t capacity) {
   Plan p;
-  p.counters = round_up(4 * (1 + pool.first_lock + pool.slices), 256);
-  p.columns = n > kSharedColumns ? round_up(blocks * Columns<T>::bytes(n), 256) : 0;
-  p.total = p.counters + p.columns + pool.offset + pool.slices * pool.bytes;
+  p.blocks = num_targets < kMaxBlocks ? num_targets : kMaxBlocks;
+  p.columns = 0;
+  if (n > kSharedColumns) {
+    const int64_t fit = kColumnBytes / Columns<T>::bytes(n);
+    if (p.blocks > fit) p.blocks = fit < 1 ? 1 : fit;
+    p.columns = round_up(p.blocks * Columns<T>::bytes(n), 256);
+  }
+  p.limit = 2 * capacity > kLeastLimit ? 2 * capacity : kLeastLimit;
+  if (p.limit > n) p.limit = n;
+  Pool<T> pool;
+  while (pool.capacity < p.limit) pool = pool.next(n, p.blocks);
+  p.counters = round_up(4 * (kCounters + pool.first_lock + pool.slices), 256);
+  p.lists = round_up(4 * kBuckets * num_targets, 256);
+  p.total = p.counters + p.lists + p.columns + pool.offset + pool.slices * pool.bytes;
   return p;
 }
 
+// NdCovlassoArgs for a kernel, with the parts of the workspace.
 template <class T>
 struct Arguments {
   const T* cov;
-  int n;
-  int row_bytes;  // of S
+  int64_t cov_stride;
+  const T* cross;
+  int n, row_bytes;  // of S
+  int num_targets, num_lams, num_blocks, limit;
+  const double* variance;
   const int64_t* targets;
   const double* lam;
-  int num_targets;
   const T* penalty;
   int64_t penalty_stride;
+  double ridge;
+  const double* scale;
+  bool nonnegative;
+  const T* start_value;
+  const int32_t *start_index, *start_count;
+  int64_t start_capacity;
   double tol;
   int64_t max_pivots;
   int32_t* index;
@@ -229,10 +294,39 @@ struct Arguments {
   int64_t capacity;
   int32_t* count;
   double* info;
-  int* counters;           // queue, then the locks of the slices
+  int k;  // of the top k
+  double position;
+  double* lam_out;
+  int* counters;           // queue, targets of each bucket, then the locks of the slices
+  int* lists;              // [kBuckets, num_targets] targets by expected work; null: they come as they are
   unsigned char* columns;  // [blocks] of Columns, unless they are in shared memory
   unsigned char* slices;
 };
+
+// Row j of a matrix with the strides of S.
+template <class T>
+__device__ __forceinline__ const T* row_of(const Arguments<T>& args, const T* matrix, int j) {
+  const int64_t bytes = static_cast<int64_t>(args.row_bytes) * j;
+  return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(matrix) + bytes);
+}
+template <class T>
+__device__ __forceinline__ const T* matrix_of(const Arguments<T>& args, int t) {
+  return args.cov + args.cov_stride * t;
+}
+// c of problem t.
+template <class T>
+__device__ __forceinline__ const T* source_of(const Arguments<T>& args, int t) {
+  return row_of(args, args.cross ? args.cross : matrix_of(args, t), static_cast<int>(args.targets[t]));
+}
+template <class T>
+__device__ __forceinline__ double scale_of(const Arguments<T>& args) {
+  return args.scale ? *args.scale : 1.0;
+}
+// |x|, or x where only positive coefficients are wanted: what may not exceed a_j off the support.
+template <class T, class Real>
+__device__ __forceinline__ Real pressure(const Arguments<T>& args, Real x) {
+  return args.nonnegative ? x : magnitude(x);
+}
 
 // Of a certificate: s'w, rho'w, sum_j penalty_j |w_j|, largest violation on the support.
 struct Sums {
@@ -247,13 +341,16 @@ struct Scratch {
   int kept[kWarps];                      // of them, those that may be among the worst
   double reach[kWarps], excess[kWarps];  // max |rho_j| / penalty_j and max |rho_j| - a_j
   Sums sums[kWarps];
-  // The target.
+  // The problem, in units of S.
   double a, top, inverse_top;  // lam / 2, lambda_max / 2
   double far;                  // the violation a cold start asks for
+  double scale;                // S over the covariance as it was
+  double variance;             // v
+  const T *cov, *source;       // S; s, a row of it or of cross
   const T* penalty;            // [n] or null
   Columns<T> columns;
   Active<T> active[2];  // the side in use, and what the next step writes
-  int task, target;
+  int task, target;     // target: the column left out, -1: none
   int lock, next_lock;  // of the slices, -1: none
   int step, pivots, refinements;
   int dependent;           // steps that left out a coordinate
@@ -378,33 +475,42 @@ class Solver {
  public:
   __device__ __forceinline__ Solver(const Arguments<T>& args, Scratch<T>& scratch) : args_(args), shared_(scratch) {}
 
-  // Target number t of the call: writes its rows of the outputs.
+  // Problem number t of the call, one penalty after the other: writes its rows of the outputs.
   __device__ __forceinline__ void solve(int t) {
     start(t);
-    bool exact = sizeof(T) == 8, stopped = false;
-    for (;;) {
-      pass(exact);
-      __syncthreads();
-      const Flips flips = count_flips();
-      const int wanted = most_additions(k_ - flips.count);
-      const Found found = tally(wanted);
-      const bool solved = flips.count == 0 && found.total == 0;
-      if (!solved && !stopped) {
-        stopped = capped() || shared_.indefinite;
-        if (!stopped) resolve(change(flips, found, wanted));
-        exact = stopped || sizeof(T) == 8;
-        __syncthreads();  // the next pass overwrites the tally
-        continue;
-      }
-      if (exact) {
-        const double residual = measure();
-        if (stopped || residual <= 0.5 * args_.tol * shared_.top || shared_.refinements == kMaxRefinements) break;
-        refine();
-      }
-      exact = true;
-      __syncthreads();
+    if (args_.start_count) take_start(t);
+    for (int l = 0; l < args_.num_lams; l++) {
+      const int64_t row = static_cast<int64_t>(t) * args_.num_lams + l;
+      const int changed = begin(args_.lam[row], l == 0);
+      report(row, converge(changed));
     }
-    report(t, stopped && capped());
+    finish();
+  }
+
+  // Problem number t at the first penalties at which k coefficients are nonzero. A homotopy that columns with a tie
+  // keep in place is moved past them by steps of the other method.
+  __device__ __forceinline__ void solve_top_k(int t) {
+    const Me me;
+    start(t);
+    begin(0, true);
+    double lam, high = shared_.top;
+    int turns = 0;
+    Way way;
+    bool capped;
+    do {
+      way = follow(&high, &turns);
+      lam = 2 * high / shared_.scale;
+      renew_members();
+      capped = converge(begin(lam, false));
+    } while (way == kStuck);
+    if (me.thread == 0) shared_.pivots += turns;
+    const int nonzero = report(t, capped || way == kGivenUp);
+    if (me.thread == 0) {
+      args_.lam_out[t] = lam;
+      double& status = args_.info[static_cast<int64_t>(t) * kInfoSize + kStatus];
+      if (status == double{kConverged} && nonzero != args_.k) status = way == kFound ? kCollinear : kTooFew;
+    }
+    finish();
   }
 
  private:
@@ -417,38 +523,137 @@ class Solver {
     int total, last;
   };
 
-  // Row j of a matrix with the strides of S.
-  __device__ __forceinline__ const T* row(int j, const T* matrix) const {
-    const int64_t bytes = static_cast<int64_t>(args_.row_bytes) * j;
-    return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(matrix) + bytes);
-  }
-  __device__ __forceinline__ const T* row(int j) const { return row(j, args_.cov); }
+  __device__ __forceinline__ const T* row(int j, const T* matrix) const { return global(row_of(args_, matrix, j)); }
+  __device__ __forceinline__ const T* row(int j) const { return row(j, shared_.cov); }
+  __device__ __forceinline__ const T* source() const { return global(shared_.source); }
   __device__ __forceinline__ double penalty(int j) const {
-    return shared_.penalty ? static_cast<double>(shared_.penalty[j]) : 1.0;
+    return shared_.penalty ? static_cast<double>(global(shared_.penalty)[j]) : 1.0;
   }
-  __device__ __forceinline__ bool capped() const { return shared_.pivots >= args_.max_pivots; }
+  __device__ __forceinline__ bool exhausted() const { return shared_.pivots >= args_.max_pivots; }
   __device__ __forceinline__ const Active<T>& active() const { return shared_.active[side_]; }
   __device__ __forceinline__ void toggle_member(int j) const {
     atomicXor(&shared_.columns.member()[j / 32], 1u << (j % 32));
   }
 
+  // Problem t, with an empty active set.
   __device__ __forceinline__ void start(int t) {
     ND_DYNAMIC_SHARED(unsigned char, memory);  // the smallest active set, then the columns
     const Me me;
-    const int target = static_cast<int>(args_.targets[t]);
-    const T* factors = args_.penalty ? args_.penalty + args_.penalty_stride * t : nullptr;
     k_ = side_ = 0;
     const Columns<T> columns = {args_.n > kSharedColumns ? args_.columns + blockIdx.x * Columns<T>::bytes(args_.n)
                                                          : memory + Active<T>::bytes(kSharedSupport<T>),
                                 static_cast<int>(Columns<T>::padded(args_.n))};
 #pragma unroll 1
     for (int x = me.thread; x < (args_.n + 31) / 32; x += kThreads) columns.member()[x] = 0;
-    const double half = 0.5 * args_.lam[t];
+    if (me.thread == 0) {
+      const int target = static_cast<int>(args_.targets[t]);
+      const T* source = source_of(args_, t);
+      shared_.scale = scale_of(args_);
+      shared_.variance =
+          args_.cross ? args_.variance[target] * shared_.scale : source[target] - args_.ridge * shared_.scale;
+      shared_.cov = matrix_of(args_, t);
+      shared_.source = source;
+      shared_.target = args_.cross ? -1 : target;
+      shared_.penalty = args_.penalty ? args_.penalty + args_.penalty_stride * t : nullptr;
+      shared_.columns = columns;
+      shared_.active[0] = Active<T>::at(memory, kSharedSupport<T>);
+      shared_.lock = -1;
+      shared_.small = shared_.guarded = shared_.anchored = false;
+      shared_.raise = 0;
+    }
+    __syncthreads();
+  }
+
+  // By one thread, once nothing reads the active set.
+  __device__ __forceinline__ void finish() const {
+    if (Me().thread == 0) release(shared_.lock);
+  }
+
+  // The active set and the signs of the given solution of problem t; w is not used.
+  __device__ __forceinline__ void take_start(int t) {
+    const Me me;
+    const int given = args_.start_count[t], most = static_cast<int>(args_.start_capacity);
+    const int count = given < most ? given : most;
+    const int32_t* index = args_.start_index + args_.start_capacity * t;
+    const T* value = args_.start_value + args_.start_capacity * t;
+    if (me.thread == 0) {
+      make_room(count < args_.limit ? count : args_.limit);
+      shared_.lock = shared_.next_lock;
+      shared_.active[0] = shared_.active[1];
+    }
+    __syncthreads();
+    if (me.warp == 0) {
+      const Active<T> set = active();
+      unsigned* member = shared_.columns.member();
+      int taken = 0;
+#pragma unroll 1
+      for (int first = 0; first < count; first += 32) {
+        const int x = first + me.lane, j = x < count ? index[x] : -1;
+        const T sign = x < count ? value[x] : T(0);
+        bool usable =
+            j >= 0 && j < args_.n && j != shared_.target && (sign > T(0) || (sign < T(0) && !args_.nonnegative));
+        if (usable) usable = penalty(j) <= static_cast<double>(kLargest<T>) && !(member[j / 32] >> (j % 32) & 1);
+#pragma unroll 1
+        for (int lane = 0; lane < 31; lane++) {
+          const int other = __shfl_sync(kFullWarp, usable ? j : -1, lane);
+          if (lane < me.lane && other == j) usable = false;
+        }
+        const unsigned lanes = __ballot_sync(kFullWarp, usable);
+        const int at = taken + __popc(lanes & ((1u << me.lane) - 1));
+        if (usable && at < args_.limit) {
+          set.index(0)[at] = j;
+          set.sign(0)[at] = sign > T(0) ? T(1) : T(-1);
+          set.w()[at] = T(0);
+          toggle_member(j);
+        }
+        taken += __popc(lanes);
+        __syncwarp();
+      }
+      if (taken > args_.limit) taken = args_.limit;
+      if (me.lane == 0) shared_.task = taken;
+      for (int e = taken + me.lane; e < blocks_of(taken) * W; e += 32) set.index(0)[e] = 0;
+    }
+    __syncthreads();
+    k_ = shared_.task;
+  }
+
+  // The next penalty. Returns the first block of the active set that is to be factored.
+  __device__ __forceinline__ int begin(double lam, bool first) {
+    const Me me;
+    const double half = 0.5 * lam * shared_.scale;
+    if (first || k_ == 0) scan(half);
+    if (me.thread == 0) {
+      if (first) {
+        shared_.top = largest(shared_.reach);
+        shared_.inverse_top = 1 / shared_.top;
+      }
+      shared_.far = 0.4995 * largest(shared_.excess);
+      shared_.a = half;
+      shared_.step = shared_.pivots = shared_.refinements = shared_.dependent = 0;
+      shared_.indefinite = false;
+    }
+    __syncthreads();
+    if (first) return 0;
+    const Active<T> set = active();
+    for (int e = me.thread; e < k_; e += kThreads) {
+      const int j = set.index(side_)[e];
+      set.y()[e] = source()[j] - static_cast<T>(half * penalty(j)) * set.sign(side_)[e];
+      set.anchor(side_)[e] = set.w()[e];
+    }
+    __syncthreads();
+    forward(set.y());
+    __syncthreads();
+    return blocks_of(k_);
+  }
+
+  // Leaves the parts of the largest |s_j| / penalty_j and |s_j| - a_j.
+  __device__ __forceinline__ void scan(double half) const {
+    const Me me;
     T top = 0, excess = 0;
 #pragma unroll 1
     for (int j = me.thread; j < args_.n; j += kThreads) {
-      const T rho = magnitude(row(target)[j]), factor = factors ? factors[j] : T(1);
-      if (j == target || !(factor <= kLargest<T>)) continue;
+      const T rho = pressure(args_, source()[j]), factor = shared_.penalty ? global(shared_.penalty)[j] : T(1);
+      if (j == shared_.target || !(factor <= kLargest<T>)) continue;
       top = larger(top, rho / factor);
       excess = larger(excess, rho - static_cast<T>(half) * factor);
     }
@@ -459,21 +664,36 @@ class Solver {
       shared_.excess[me.warp] = static_cast<double>(excess);
     }
     __syncthreads();
-    if (me.thread == 0) {
-      shared_.target = target;
-      shared_.penalty = factors;
-      shared_.a = half;
-      shared_.top = largest(shared_.reach);
-      shared_.far = 0.4995 * largest(shared_.excess);
-      shared_.inverse_top = 1 / shared_.top;
-      shared_.columns = columns;
-      shared_.active[0] = Active<T>::at(memory, kSharedSupport<T>);
-      shared_.lock = -1;
-      shared_.step = shared_.pivots = shared_.refinements = shared_.dependent = 0;
-      shared_.small = shared_.guarded = shared_.anchored = shared_.indefinite = false;
-      shared_.raise = 0;
+  }
+
+  // Steps 1 to 4 until nothing is left to do; true if given up as capped.
+  __device__ __forceinline__ bool converge(int changed) {
+    bool exact = sizeof(T) == 8, stopped = false;
+    for (;;) {
+      if (changed >= 0) resolve(changed);
+      changed = -1;
+      pass(exact);
+      __syncthreads();
+      const Flips flips = count_flips();
+      const int wanted = most_additions(k_ - flips.count);
+      const Found found = tally(wanted);
+      const bool solved = flips.count == 0 && found.total == 0, full = flips.count == 0 && wanted == 0;
+      if (!solved && !stopped) {
+        stopped = exhausted() || full || shared_.indefinite;
+        if (!stopped) changed = change(flips, found, wanted);
+        exact = stopped || sizeof(T) == 8;
+        __syncthreads();  // the next pass overwrites the tally
+        continue;
+      }
+      if (exact) {
+        const double residual = measure();
+        if (stopped || residual <= 0.5 * args_.tol * shared_.top || shared_.refinements == kMaxRefinements)
+          return stopped && !solved && (exhausted() || full);
+        refine();
+      }
+      exact = true;
+      __syncthreads();
     }
-    __syncthreads();
   }
 
   static __device__ __forceinline__ double largest(const double* of_warps) {
@@ -508,7 +728,7 @@ class Solver {
     for (int first = 0; first < args_.n; first += kPieces<Real> * kPiece<T>) {
       const int j0 = first + me.thread * kVector<T>;
       Real rho[kHeld];
-      combine_rows(rho, j0, padded_k);
+      combine_rows<true>(rho, active().w(), j0, padded_k);
       unsigned negative = 0;
       const unsigned hits = violators(rho, j0, static_cast<Real>(bar), &negative, &reach, &excess);
       if (!__any_sync(kFullWarp, hits)) continue;
@@ -544,21 +764,22 @@ class Solver {
     return x % kVector<T> + x / kVector<T> * kPiece<T>;
   }
 
-  // rho = s - S w in the thread's columns; w and its index are padded to kRows. Beyond column n it is that of column 0.
-  template <class Real>
-  __device__ __forceinline__ void combine_rows(Real* rho, int j0, int padded_k) const {
+  // rho = s - S w in the thread's columns, or -S w if not Sourced; w and its index are padded to kRows. Beyond column n
+  // it is that of column 0.
+  template <bool Sourced, class Real>
+  __device__ __forceinline__ void combine_rows(Real* rho, const T* w, int j0, int padded_k) const {
     constexpr int V = kVector<T>, P = kPieces<Real>;
     const int* index = active().index(side_);
-    const T* w = active().w();
     const T* piece[P];
     Pack<T, V> x[kRows][P];
 #pragma unroll
     for (int p = 0; p < P; p++) {
       const int j = j0 + p * kPiece<T>;
-      piece[p] = args_.cov + (j < args_.n ? j : 0);
-      x[0][p] = load<V>(row(shared_.target, piece[p]));
+      const int at = j < args_.n ? j : 0;
+      piece[p] = shared_.cov + at;
+      if (Sourced) x[0][p] = load<V>(source() + at);
 #pragma unroll
-      for (int v = 0; v < V; v++) rho[p * V + v] = static_cast<Real>(x[0][p].v[v]);
+      for (int v = 0; v < V; v++) rho[p * V + v] = Sourced ? static_cast<Real>(x[0][p].v[v]) : Real(0);
     }
     for (const T* end = w + padded_k; w != end; w += kRows, index += kRows) {
       const Pack<int, kRows> j = load<kRows>(index);
@@ -586,10 +807,10 @@ class Solver {
       const int j = j0 + column_offset(x);
       if (rho[x] < Real(0)) *negative |= 1u << x;
       if (j >= args_.n || j == shared_.target) continue;
-      const Real size = magnitude(rho[x]);
+      const Real size = pressure(args_, rho[x]);
       Real factor = 1;
       if (shared_.penalty) {
-        factor = static_cast<Real>(shared_.penalty[j]);
+        factor = static_cast<Real>(global(shared_.penalty)[j]);
         if (!(factor <= static_cast<Real>(kLargest<T>))) continue;
       }
       rho[x] = size - a * factor;
@@ -622,11 +843,7 @@ class Solver {
     int count = 0;
 #pragma unroll
     for (int x = 0; x < kWarps; x++) count += shared_.histogram[x][me.lane];
-#pragma unroll
-    for (int o = 1; o < 32; o <<= 1) {
-      const int before = __shfl_up_sync(kFullWarp, count, o);
-      if (me.lane >= o) count += before;
-    }
+    count = inclusive_sum(count, me.lane);
     const unsigned enough = __ballot_sync(kFullWarp, count >= wanted);
     return {__shfl_sync(kFullWarp, count, 31), enough ? __ffs(static_cast<int>(enough)) - 1 : kBins - 1};
   }
@@ -674,9 +891,11 @@ class Solver {
   }
 
   __device__ __forceinline__ int most_additions(int left) const {
-    if (shared_.guarded) return left == k_ ? 1 : 0;
-    const int wanted = k_ / 3 > kMinAdd ? k_ / 3 : kMinAdd;
-    return left + wanted > W ? blocks_of(left + wanted) * W - left : wanted;
+    const int room = args_.limit - left;
+    if (shared_.guarded) return left == k_ && room > 0 ? 1 : 0;
+    int wanted = k_ / 3 > kMinAdd ? k_ / 3 : kMinAdd;
+    if (left + wanted > W) wanted = blocks_of(left + wanted) * W - left;
+    return wanted < room ? wanted : room;
   }
 
   // Step 3 of the method: the next active set, on the other side. Returns the first changed block.
@@ -685,22 +904,27 @@ class Solver {
     const bool single = shared_.anchored && flips.count > 0;
     T part = 1;  // of the way from anchor to w
     const Flips drops = single ? Flips{1, first_sign_change(&part)} : flips;
-    const int left = k_ - drops.count, added = found.total < wanted ? found.total : wanted, k = left + added;
-    const int block = (left < drops.first ? left : drops.first) / W;
     if (drops.count)
       for (int e = me.thread; e < k_; e += kThreads) {  // negative: dropped; else what survivors are ordered by
         const bool dropped = single ? e == drops.first : flipped(e);
         active().rest()[e] = dropped ? T(-1) : (single ? T(0) : magnitude(active().w()[e]));
       }
     if (found.total > wanted) keep_worst(found.last);
+    return rebuild(drops, found.total < wanted ? found.total : wanted, part);
+  }
+
+  // The active set without those that are marked in rest, and with the worst `added` of the kept violators.
+  __device__ __forceinline__ int rebuild(const Flips& drops, int added, T part) {
+    const Me me;
+    const int left = k_ - drops.count, k = left + added, block = (left < drops.first ? left : drops.first) / W;
     if (me.thread == 0) make_room(k);
     __syncthreads();
     const Active<T> next = shared_.active[!side_];
     if (next.panels != active().panels) move_factor(next, block);
     keep_survivors(next, block * W, drops.count > 0, part);
-    add_violators(next, left, wanted);
+    add_violators(next, left, added);
     for (int e = k + me.thread; e < blocks_of(k) * W; e += kThreads)
-      next.index(!side_)[e] = shared_.target;  // a pass reads that row, times 0
+      next.index(!side_)[e] = 0;  // a pass reads that row, times 0
     __syncthreads();
     if (me.thread == 0) {
       if (shared_.next_lock != shared_.lock) release(shared_.lock);
@@ -742,8 +966,8 @@ class Solver {
     shared_.next_lock = shared_.lock;
     if (blocks_of(k) * W <= active().capacity) return;
     Pool<T> pool;
-    while (pool.capacity < k) pool = pool.next(args_.n, args_.num_targets);
-    int* locks = args_.counters + 1 + pool.first_lock;
+    while (pool.capacity < k) pool = pool.next(args_.n, args_.num_blocks);
+    int* locks = args_.counters + kCounters + pool.first_lock;
     int slice = static_cast<int>(blockIdx.x % pool.slices);
     while (atomicCAS(&locks[slice], 0, 1) != 0) {
       slice = slice + 1 < pool.slices ? slice + 1 : 0;
@@ -754,7 +978,7 @@ class Solver {
     __threadfence();
     shared_.active[!side_] =
         Active<T>::at(args_.slices + pool.offset + slice * pool.bytes, static_cast<int>(pool.capacity));
-    shared_.next_lock = static_cast<int>(1 + pool.first_lock + slice);
+    shared_.next_lock = static_cast<int>(kCounters + pool.first_lock + slice);
   }
 
   // By one thread, after a barrier behind the last use of the slice.
@@ -773,8 +997,7 @@ class Solver {
   }
 
   // Survivors to `next`, and if any coordinate is dropped, those from `first` on by falling order. Anchors move to w,
-  // or
-  // the part of the way that keeps all signs.
+  // or the part of the way that keeps all signs.
   __device__ __forceinline__ void keep_survivors(const Active<T>& next, int first, bool drops, T part) const {
     const Me me;
     const T* order = active().rest();
@@ -840,7 +1063,7 @@ class Solver {
       shared_.dependent += shared_.small;
       shared_.small = false;
       shared_.anchored = shared_.guarded;
-      shared_.guarded = shared_.step >= kGuardAfter || shared_.dependent >= kMaxDependent;
+      shared_.guarded |= shared_.step >= kGuardAfter || shared_.dependent >= kMaxDependent;
       shared_.raise = shared_.guarded;
     }
     back(active().y(), active().w());
@@ -853,7 +1076,7 @@ class Solver {
     const int* index = set.index(side_);
     const int c = kColumns * me.warp + me.lane % kColumns, column = b * W + c;
     const bool real = column < k_;
-    const int j = real ? index[column] : shared_.target;
+    const int j = real ? index[column] : 0;
     const T* r = row(j);
     T* panel = set.panel(b);
 #pragma unroll 4
@@ -862,7 +1085,7 @@ class Solver {
     if (me.lane < kColumns) {
       const T bound = static_cast<T>(shared_.a * penalty(j));
       set.rest()[column] = real ? r[j] : T(1);
-      set.y()[column] = real ? row(shared_.target)[j] - bound * set.sign(side_)[column] : T(0);
+      set.y()[column] = real ? source()[j] - bound * set.sign(side_)[column] : T(0);
     }
   }
 
@@ -930,28 +1153,170 @@ class Solver {
     }
   }
 
+  // z := inv(R') z, by the first warp.
+  __device__ __forceinline__ void forward(T* z) const {
+    const Me me;
+    if (me.warp == 0)
+      for (int b = 0; b < blocks_of(k_); b++) forward_block(active().panel(b), b, z, z, me.lane);
+  }
+
   // w += inv(S_AA) defect.
   __device__ __forceinline__ void refine() const {
     const Me me;
     const Active<T> set = active();
     T* correction = set.anchor(!side_);
-    if (me.warp == 0)
-      for (int b = 0; b < blocks_of(k_); b++) forward_block(set.panel(b), b, set.defect(), set.defect(), me.lane);
+    forward(set.defect());
     __syncthreads();
     back(set.defect(), correction);
     for (int e = me.thread; e < k_; e += kThreads) set.w()[e] += correction[e];
     if (me.thread == 0) shared_.refinements++;
   }
 
+  // ---------------------------------------------------------------------------------------------------------- homotopy
+
+  // Where the path turns next below a = lam / 2: coordinate -1 - code of A reaches zero, or column code / 2 joins, with
+  // sign -1 if code is odd. a = 0: nowhere.
+  struct Turn {
+    double a;
+    int code;
+  };
+
+  // On the present active set w = u - a v and rho = p + a q, with u = inv(S_AA) s_A, which w holds, v = inv(S_AA) f_A,
+  // f_j = penalty_j sign_j, p = s - S u, q = S v. Columns on the bound whatever a is, as a copy of an active one, do
+  // not join.
+  __device__ __forceinline__ Turn next_turn(double high) {
+    constexpr int kHeld = kPieces<T> * kVector<T>;
+    const Me me;
+    const Active<T> set = active();
+    T *factors = set.defect(), *v = set.anchor(!side_);
+    for (int e = me.thread; e < blocks_of(k_) * W; e += kThreads)
+      factors[e] = e < k_ ? static_cast<T>(penalty(set.index(side_)[e])) * set.sign(side_)[e] : T(0);
+    __syncthreads();
+    forward(factors);
+    __syncthreads();
+    back(factors, v);
+    T fastest = 0;  // computed by every warp
+#pragma unroll 1
+    for (int e = me.lane; e < k_; e += 32) fastest = larger(fastest, magnitude(v[e]));
+    fastest = warp_max(fastest);
+    ArgMax<double> best = {0, INT32_MAX};
+    for (int e = me.thread; e < k_; e += kThreads) {
+      const T sign = set.sign(side_)[e], speed = sign * v[e], least = kAtRest * fastest;
+      if (speed < -least) best = Max()(best, ArgMax<double>{clamped(set.w()[e] / v[e], high), -1 - e});
+      // In a tie a coordinate may have entered that stays at zero.
+      if (magnitude(speed) <= least && sign * set.w()[e] - high * speed <= high * least)
+        best = Max()(best, ArgMax<double>{high, -1 - e});
+    }
+    const unsigned* member = shared_.columns.member();
+    const int padded_k = (k_ + kRows - 1) / kRows * kRows;
+    for (int first = 0; first < args_.n; first += kPieces<T> * kPiece<T>) {
+      const int j0 = first + me.thread * kVector<T>;
+      T p[kHeld], q[kHeld];
+      combine_rows<true>(p, set.w(), j0, padded_k);
+      combine_rows<false>(q, v, j0, padded_k);
+#pragma unroll
+      for (int x = 0; x < kHeld; x++) {
+        const int j = j0 + column_offset(x);
+        if (j >= args_.n || j == shared_.target || (member[j / 32] >> (j % 32) & 1)) continue;
+        const T factor = static_cast<T>(penalty(j)), sign = p[x] < T(0) && !args_.nonnegative ? T(-1) : T(1);
+        const T room = factor + sign * q[x];  // q is -S v here
+        if (!(factor <= kLargest<T>) || !(room > kOnBound * factor) || !(sign * p[x] > T(0))) continue;
+        best = Max()(best, ArgMax<double>{clamped(sign * p[x] / room, high), 2 * j + (sign < T(0))});
+      }
+    }
+    best = warp_argmax(best);
+    if (me.lane == 0) {
+      shared_.sums[me.warp].linear = best.value;
+      shared_.listed[me.warp] = best.index;
+    }
+    __syncthreads();
+    for (int w = 0; w < kWarps; w++) best = Max()(best, ArgMax<double>{shared_.sums[w].linear, shared_.listed[w]});
+    return {best.value, best.index};
+  }
+
+  static __device__ __forceinline__ double clamped(double a, double high) { return a > 0 ? (a < high ? a : high) : 0; }
+
+  // The active set behind a turn. Returns the first changed block.
+  __device__ __forceinline__ int take(int code) {
+    const Me me;
+    const Flips drops = code < 0 ? Flips{1, -1 - code} : Flips{0, k_};
+    for (int e = me.thread; e < k_; e += kThreads) active().rest()[e] = T(e == drops.first ? -1 : 0);
+    if (me.thread == 0) {
+      shared_.columns.violation()[0] = 1;
+      shared_.columns.entry()[0] = code;
+      for (int w = 0; w < kWarps; w++) shared_.kept[w] = w == 0 && code >= 0;
+      shared_.step = shared_.dependent = 0;  // no reason for single pivots
+    }
+    return rebuild(drops, code >= 0, T(1));
+  }
+
+  // Columns that were put aside may enter again.
+  __device__ __forceinline__ void renew_members() const {
+    const Me me;
+    for (int x = me.thread; x < (args_.n + 31) / 32; x += kThreads) shared_.columns.member()[x] = 0;
+    __syncthreads();
+    for (int e = me.thread; e < k_; e += kThreads) toggle_member(active().index(side_)[e]);
+    __syncthreads();
+  }
+
+  // How a homotopy ended: on a segment with k coordinates, without one, at a limit of the call, or by turns that leave
+  // a where it is.
+  enum Way { kFound, kEnded, kGivenUp, kStuck };
+
+  // Follows the path down from *high = lam / 2 to the first segment with k coordinates, or to its end. Leaves in *high
+  // where to solve. A column that depends on A is put aside until a coordinate vanishes.
+  __device__ __forceinline__ Way follow(double* high, int* turns) {
+    const double end = kPathEnd * shared_.top;
+    if (Me().thread == 0) shared_.a = 0;
+    int changed = 0, joined = -1, still = 0;
+    for (;;) {
+      __syncthreads();
+      resolve(changed);
+      __syncthreads();
+      if (joined >= 0 && shared_.dependent) {
+        __syncthreads();
+        changed = take(-k_);
+        if (Me().thread == 0) toggle_member(joined);
+        joined = -1;
+        continue;
+      }
+      const Turn turn = next_turn(*high);
+      const double low = turn.a > end ? turn.a : 0;
+      const bool visible = *high - low > kShortest * *high;
+      if (k_ == args_.k && visible) {
+        *high -= args_.position * (*high - low);
+        return kFound;
+      }
+      if (low == 0) {
+        *high = end;
+        return kEnded;
+      }
+      if (*turns >= args_.max_pivots || k_ >= args_.limit) return kGivenUp;
+      still = visible ? 0 : still + 1;
+      *high = low;
+      ++*turns;
+      if (still > 2 * k_ + kPatience) {
+        *high *= 1 - kPastTies;
+        return kStuck;
+      }
+      changed = take(turn.code);
+      joined = turn.code / 2;
+      if (turn.code < 0) {
+        renew_members();
+        joined = -1;
+      }
+    }
+  }
+
   // ------------------------------------------------------------------------------------------------------- certificate
 
-  // After a pass in float64, with rho on A in float64 too: leaves the defect and, in shared_.sums, the parts of s'w,
-  // rho'w, sum_j penalty_j |w_j| and of the largest violation on the support, which is returned.
+  // After a pass in float64, with rho on A in float64 too: leaves the defect and, in shared_.sums, the parts of Sums;
+  // returns the largest violation on the support.
   __device__ __forceinline__ double measure() {
     const Me me;
     const Active<T> set = active();
     const int* index = set.index(side_);
-    const T *w = set.w(), *s = row(shared_.target);
+    const T *w = set.w(), *s = source();
     double linear = 0, curvature = 0, norm = 0, residual = 0;
     for (int e = me.thread; e < blocks_of(k_) * W; e += kThreads) {
       if (e >= k_) {
@@ -965,7 +1330,7 @@ class Solver {
 #pragma unroll 4
       for (int c = 0; c < k_; c++) rho -= static_cast<double>(w[c]) * static_cast<double>(r[index[c]]);
       set.defect()[e] = static_cast<T>(rho - bound * static_cast<double>(set.sign(side_)[e]));
-      const double excess = x == 0 ? magnitude(rho) - bound : magnitude(rho - (x > 0 ? bound : -bound));
+      const double excess = x == 0 ? pressure(args_, rho) - bound : magnitude(rho - (x > 0 ? bound : -bound));
       linear += static_cast<double>(s[j]) * x;
       curvature += rho * x;
       norm += factor * magnitude(x);
@@ -978,24 +1343,27 @@ class Solver {
     return residual;
   }
 
-  // From what `measure` left; by one thread.
-  __device__ __forceinline__ void certify(double* info, bool capped) const {
+  // From what `measure` left; by one thread. Of the problem with the ridge, which is one more sample for each
+  // predictor, on which the target is 0; what that adds to err2 is taken off in the end.
+  __device__ __forceinline__ void certify(double* info, bool capped, double squares) const {
     Sums sums = {0, 0, 0, 0};
     for (int x = 0; x < kWarps; x++) {
       const Sums& part = shared_.sums[x];
       sums = {sums.linear + part.linear, sums.curvature + part.curvature, sums.norm + part.norm,
               larger(sums.residual, part.residual)};
     }
-    const double variance = row(shared_.target)[shared_.target], err2 = variance - sums.linear - sums.curvature;
+    const double variance = shared_.variance, err2 = variance - sums.linear - sums.curvature;
     const double a = shared_.a, reach = largest(shared_.reach),
                  tau = reach > a ? a / reach : 1.0;  // tau e is dual feasible
     const double worst = larger(sums.residual, largest(shared_.excess));
     const double violation = shared_.top > 0 ? worst * shared_.inverse_top : 0.0;
-    info[kErr2] = err2;
-    info[kDualityGap] = err2 + 2 * a * sums.norm - tau * (2 * (variance - sums.linear) - tau * err2);
+    const double unit = 1 / shared_.scale,
+                 gap = err2 + 2 * a * sums.norm - tau * (2 * (variance - sums.linear) - tau * err2);
+    info[kErr2] = err2 * unit - args_.ridge * squares;
+    info[kDualityGap] = gap * unit;
     info[kKktViolation] = violation;
     info[kPivots] = shared_.pivots;
-    info[kLambdaMax] = 2 * shared_.top;
+    info[kLambdaMax] = 2 * shared_.top * unit;
     if (capped)
       info[kStatus] = kCapped;
     else if (err2 < -1e-3 * variance)
@@ -1006,13 +1374,13 @@ class Solver {
       info[kStatus] = shared_.indefinite ? kNotPsd : kCollinear;
   }
 
-  // Support by increasing index, and the certificate.
-  __device__ __forceinline__ void report(int t, bool capped) const {
+  // Support by increasing index, and the certificate, into row `row` of the outputs. Returns the number of nonzeros.
+  __device__ __forceinline__ int report(int64_t row, bool capped) const {
     const Me me;
     const int* index = active().index(side_);
     const T* w = active().w();
-    int32_t* index_row = args_.index + t * args_.capacity;
-    T* value_row = args_.value + t * args_.capacity;
+    int32_t* index_row = args_.index + row * args_.capacity;
+    T* value_row = args_.value + row * args_.capacity;
     for (int e = me.thread; e < k_; e += kThreads) {
       int rank = 0;
       for (int c = 0; c < k_; c++) rank += w[c] != T(0) && index[c] < index[e];
@@ -1020,10 +1388,15 @@ class Solver {
       index_row[rank] = index[e];
       value_row[rank] = w[e];
     }
-    int nonzero = 0;  // computed by every warp
+    int nonzero = 0;  // computed by every warp, as |w|^2
+    double squares = 0;
 #pragma unroll 1
-    for (int e = me.lane; e - me.lane < k_; e += 32)
-      nonzero += __popc(__ballot_sync(kFullWarp, e < k_ && w[e] != T(0)));
+    for (int e = me.lane; e - me.lane < k_; e += 32) {
+      const double x = e < k_ ? w[e] : T(0);
+      nonzero += __popc(__ballot_sync(kFullWarp, x != 0));
+      squares += x * x;
+    }
+    squares = warp_sum(squares);
     const bool cut = nonzero > args_.capacity;
     const int64_t count = cut ? args_.capacity : nonzero;
 #pragma unroll 1
@@ -1031,11 +1404,12 @@ class Solver {
       index_row[x] = 0;
       value_row[x] = T(0);
     }
-    __syncthreads();  // before the slice is given back
-    if (me.thread != 0) return;
-    certify(args_.info + static_cast<int64_t>(t) * kInfoSize, capped || cut);
-    args_.count[t] = static_cast<int32_t>(count);
-    release(shared_.lock);
+    if (me.thread == 0) {
+      certify(args_.info + row * kInfoSize, capped || cut, squares);
+      args_.count[row] = static_cast<int32_t>(count);
+    }
+    __syncthreads();  // before the next penalty, or the slice is given back
+    return nonzero;
   }
 
   const Arguments<T>& args_;
@@ -1043,73 +1417,183 @@ class Solver {
   int k_, side_;  // |A|, and the side in use of what is kept twice
 };
 
-// Targets from a queue, until it is empty.
+// The next target of the queue, num_targets or more if it is empty; called by the first warp.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>) solve_targets(const Arguments<T> args) {
-  __shared__ Scratch<T> scratch;
+__device__ __forceinline__ int next_target(const Arguments<T>& args) {
+  const int lane = Me().lane;
+  const int position = __shfl_sync(kFullWarp, lane == 0 ? atomicAdd(args.counters, 1) : 0, 0);
+  if (!args.lists || position >= args.num_targets) return position;
+  const int size = args.counters[1 + lane], end = inclusive_sum(size, lane);
+  const int bucket = __ffs(static_cast<int>(__ballot_sync(kFullWarp, end > position))) - 1;
+  const int slot = position - __shfl_sync(kFullWarp, end - size, bucket);
+  return args.lists[static_cast<int64_t>(bucket) * args.num_targets + slot];
+}
+
+// Targets from a queue, until it is empty; TopK: by homotopy.
+template <class T, bool TopK>
+__device__ __forceinline__ void work(const Arguments<T>& args, Scratch<T>& scratch) {
   Solver<T> solver(args, scratch);
   for (;;) {
-    if (threadIdx.x == 0) scratch.task = atomicAdd(args.counters, 1);
+    if (threadIdx.x < kWarpSize) {
+      const int task = next_target(args);
+      if (threadIdx.x == 0) scratch.task = task;
+    }
     __syncthreads();
     const int t = scratch.task;
     if (t >= args.num_targets) return;
-    solver.solve(t);
+    if constexpr (TopK)
+      solver.solve_top_k(t);
+    else
+      solver.solve(t);
   }
 }
 
 template <class T>
-int launch(Arguments<T> args, int64_t n, int64_t ld, int64_t num_targets, unsigned char* workspace, void* stream) {
-  if (num_targets == 0) return cudaSuccess;
-  if (n < 1 || n >= int64_t{1} << 26 || ld < n || ld >= int64_t{1} << 28 || num_targets < 0 ||
-      num_targets > INT32_MAX || args.capacity < 0)
-    return cudaErrorInvalidValue;
-  const Plan p = plan<T>(n, num_targets);
-  args.n = static_cast<int>(n);
-  args.row_bytes = static_cast<int>(ld * sizeof(T));
-  args.num_targets = static_cast<int>(num_targets);
-  args.counters = reinterpret_cast<int*>(workspace);
-  args.columns = workspace + p.counters;
-  args.slices = args.columns + p.columns;
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>) solve_targets(const Arguments<T> args) {
+  __shared__ Scratch<T> scratch;
+  work<T, false>(args, scratch);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>) find_top_k(const Arguments<T> args) {
+  __shared__ Scratch<T> scratch;
+  work<T, true>(args, scratch);
+}
+
+// Targets into buckets by the number of |c_j| > a_j at the last penalty, which grows with the work; those with most in
+// bucket 0. A warp a target. Where in its bucket a target lies depends on the order of the warps; its result does not.
+template <class T>
+__global__ void __launch_bounds__(kThreads) sort_targets(const Arguments<T> args) {
+  const Me me;
+  const int t = static_cast<int>(blockIdx.x) * kWarps + me.warp;
+  if (t >= args.num_targets) return;
+  const T* source = source_of(args, t);
+  const T* penalty = args.penalty ? args.penalty + args.penalty_stride * t : nullptr;
+  const T a = static_cast<T>(0.5 * args.lam[static_cast<int64_t>(t + 1) * args.num_lams - 1] * scale_of(args));
+  float above = 0;
+#pragma unroll 4
+  for (int j = me.lane; j < args.n; j += kWarpSize)
+    above += pressure(args, source[j]) > (penalty ? a * penalty[j] : a) ? 1.0f : 0.0f;
+  above = warp_sum(above);
+  if (me.lane != 0) return;
+  const int octave = (__float_as_int(above + 1.0f) - __float_as_int(1.0f)) >> 22;
+  const int bucket = octave < kBuckets ? kBuckets - 1 - octave : 0;
+  const int slot = atomicAdd(&args.counters[1 + bucket], 1);
+  args.lists[static_cast<int64_t>(bucket) * args.num_targets + slot] = t;
+}
+
+// Blocks that the device of this thread runs at once.
+template <class T>
+int64_t resident_blocks() {
+  int device = 0, processors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 0;
+  return int64_t{processors} * kBlocksPerSm<T>;
+}
+
+// What the workspace depends on.
+inline bool valid_sizes(const NdCovlassoArgs& args) {
+  return args.n >= 1 && args.n < int64_t{1} << 26 && args.num_targets >= 0 && args.num_targets < int64_t{1} << 31 &&
+         args.capacity >= 0;
+}
+
+inline bool valid(const NdCovlassoArgs& args) {
+  return valid_sizes(args) && args.ld >= args.n && args.ld < int64_t{1} << 28 && args.num_lams >= 1 &&
+         args.num_lams < int64_t{1} << 31 && args.start_capacity >= 0 && args.start_capacity < int64_t{1} << 31;
+}
+
+template <class T>
+int launch(const NdCovlassoArgs& args, int k, double position, double* lam_out, void* workspace, void* stream) {
+  if (!valid(args)) return cudaErrorInvalidValue;
+  if (args.num_targets == 0) return cudaSuccess;
+  const Plan p = plan<T>(args.n, args.num_targets, args.capacity);
+  const bool sorted = k == 0 && args.num_targets > resident_blocks<T>();
+  auto* const memory = static_cast<unsigned char*>(workspace);
+  auto* const counters = reinterpret_cast<int*>(memory);
+  auto* const lists = sorted ? reinterpret_cast<int*>(memory + p.counters) : nullptr;
+  unsigned char* const columns = memory + p.counters + p.lists;
+  const Arguments<T> arguments = {static_cast<const T*>(args.cov),
+                                  args.cov_stride,
+                                  static_cast<const T*>(args.cross),
+                                  static_cast<int>(args.n),
+                                  static_cast<int>(args.ld * static_cast<int64_t>(sizeof(T))),
+                                  static_cast<int>(args.num_targets),
+                                  static_cast<int>(k ? 1 : args.num_lams),
+                                  static_cast<int>(p.blocks),
+                                  static_cast<int>(p.limit),
+                                  args.variance,
+                                  args.targets,
+                                  args.lam,
+                                  static_cast<const T*>(args.penalty),
+                                  args.penalty_stride,
+                                  args.ridge,
+                                  args.scale,
+                                  args.nonnegative != 0,
+                                  static_cast<const T*>(args.start_value),
+                                  args.start_index,
+                                  k ? nullptr : args.start_count,
+                                  args.start_capacity,
+                                  args.tol,
+                                  args.max_pivots,
+                                  args.index,
+                                  static_cast<T*>(args.value),
+                                  args.capacity,
+                                  args.count,
+                                  args.info,
+                                  k,
+                                  position,
+                                  lam_out,
+                                  counters,
+                                  lists,
+                                  columns,
+                                  columns + p.columns};
   const auto s = static_cast<cudaStream_t>(stream);
-  if (const cudaError_t error = cudaMemsetAsync(args.counters, 0, p.counters, s)) return error;
+  if (const cudaError_t error = cudaMemsetAsync(counters, 0, static_cast<size_t>(p.counters), s)) return error;
+  if (sorted)
+    ND_LAUNCH(sort_targets<T>, dim3(static_cast<unsigned>((args.num_targets + kWarps - 1) / kWarps)), dim3(kThreads), 0,
+              s, arguments);
   static_assert(Active<T>::bytes(kSharedSupport<T>) + Columns<T>::bytes(kSharedColumns) + sizeof(Scratch<T>) <=
                 48 << 10);
-  const int64_t shared = Active<T>::bytes(kSharedSupport<T>) + (n > kSharedColumns ? 0 : Columns<T>::bytes(n));
-  const int64_t blocks = num_targets < kMaxBlocks ? num_targets : kMaxBlocks;
-  ND_LAUNCH(solve_targets<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), static_cast<size_t>(shared), s,
-            args);
+  const int64_t shared =
+      Active<T>::bytes(kSharedSupport<T>) + (args.n > kSharedColumns ? 0 : Columns<T>::bytes(args.n));
+  const dim3 grid(static_cast<unsigned>(p.blocks)), block(kThreads);
+  if constexpr (sizeof(T) == 8) {
+    if (k) {
+      ND_LAUNCH(find_top_k<T>, grid, block, static_cast<size_t>(shared), s, arguments);
+      return cudaGetLastError();
+    }
+  }
+  ND_LAUNCH(solve_targets<T>, grid, block, static_cast<size_t>(shared), s, arguments);
   return cudaGetLastError();
 }
 
 template <class T>
-size_t workspace_bytes(int64_t n, int64_t num_targets) {
-  return static_cast<size_t>(plan<T>(n, num_targets).total);
+size_t workspace_bytes(const NdCovlassoArgs& args) {
+  return valid_sizes(args) ? static_cast<size_t>(plan<T>(args.n, args.num_targets, args.capacity).total) : 0;
 }
 
 }  // namespace nd::covlasso
 
-extern "C" size_t nd_covlasso_workspace_f32(int64_t n, int64_t num_targets) {
-  return nd::covlasso::workspace_bytes<float>(n, num_targets);
+extern "C" size_t nd_covlasso_workspace_f32(const NdCovlassoArgs* args) {
+  return nd::covlasso::workspace_bytes<float>(*args);
 }
 
-extern "C" size_t nd_covlasso_workspace_f64(int64_t n, int64_t num_targets) {
-  return nd::covlasso::workspace_bytes<double>(n, num_targets);
+extern "C" size_t nd_covlasso_workspace_f64(const NdCovlassoArgs* args) {
+  return nd::covlasso::workspace_bytes<double>(*args);
 }
 
-extern "C" int nd_covlasso_f32(const float* cov, int64_t n, int64_t ld, const int64_t* targets, const double* lam,
-                               int64_t num_targets, const float* penalty, int64_t penalty_stride, double tol,
-                               int64_t max_pivots, int32_t* index, float* value, int64_t capacity, int32_t* count,
-                               double* info, void* workspace, void* stream) {
-  return nd::covlasso::launch<float>({cov, 0, 0, targets, lam, 0, penalty, penalty_stride, tol, max_pivots, index,
-                                      value, capacity, count, info, nullptr, nullptr, nullptr},
-                                     n, ld, num_targets, static_cast<unsigned char*>(workspace), stream);
+extern "C" int nd_covlasso_f32(const NdCovlassoArgs* args, void* workspace, void* stream) {
+  return nd::covlasso::launch<float>(*args, 0, 0, nullptr, workspace, stream);
 }
 
-extern "C" int nd_covlasso_f64(const double* cov, int64_t n, int64_t ld, const int64_t* targets, const double* lam,
-                               int64_t num_targets, const double* penalty, int64_t penalty_stride, double tol,
-                               int64_t max_pivots, int32_t* index, double* value, int64_t capacity, int32_t* count,
-                               double* info, void* workspace, void* stream) {
-  return nd::covlasso::launch<double>({cov, 0, 0, targets, lam, 0, penalty, penalty_stride, tol, max_pivots, index,
-                                       value, capacity, count, info, nullptr, nullptr, nullptr},
-                                      n, ld, num_targets, static_cast<unsigned char*>(workspace), stream);
+extern "C" int nd_covlasso_f64(const NdCovlassoArgs* args, void* workspace, void* stream) {
+  return nd::covlasso::launch<double>(*args, 0, 0, nullptr, workspace, stream);
+}
+
+extern "C" int nd_covlasso_top_k_f64(const NdCovlassoArgs* args, int64_t k, double position, double* lam_out,
+                                     void* workspace, void* stream) {
+  if (k < 1 || k > args->capacity || k >= int64_t{1} << 26 || !(position > 0) || !(position < 1))
+    return cudaErrorInvalidValue;
+  return nd::covlasso::launch<double>(*args, static_cast<int>(k), position, lam_out, workspace, stream);
 }

@@ -52,7 +52,8 @@ typedef struct {
   double* info;       /* [num_targets, num_lams, 6]: err2, duality gap, KKT violation, pivots, status, lambda_max */
 } NdCovlassoArgs;
 
-/* Bytes of the workspace of a call with these sizes (n, num_targets, capacity, start_capacity); no pointer is read. */
+/* Bytes of the workspace of a call with this n, num_targets and capacity; no pointer is read. More
+   capacity needs no less. */
 ND_API size_t nd_covlasso_workspace_f32(const NdCovlassoArgs* args);
 ND_API size_t nd_covlasso_workspace_f64(const NdCovlassoArgs* args);
 ND_API int nd_covlasso_f32(const NdCovlassoArgs* args, void* workspace, void* stream);
