@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import neuraldeps_kernels as nk
+from benchmarks import bench_covlasso_large as large
 from benchmarks import peers_covlasso as rivals
 from benchmarks.harness import Budget, Case, Contender, Missing, Rates, Recipe, measured_rates
 from neuraldeps_kernels.data.logits import load_imagenet_covariance
@@ -57,6 +58,7 @@ def cases(budget: Budget, options: argparse.Namespace) -> Iterator[Recipe]:
         yield Recipe(name, _build(joint, ratio, budget, goal_us, {}, rivals.PEERS[:1]))
     yield Recipe("covlasso lite0 preparation", lambda: preparation_case(lite0()))
     yield Recipe("covlasso lite0 ratio 0.2, 2 threads", lambda: threads_case(lite0(), 0.2, 2))
+    yield from large.cases(budget)
 
 
 def _build(
@@ -184,15 +186,15 @@ def largest_violation(cov: Tensor, theta: Tensor, lam: Tensor, targets: Tensor |
 
 
 def preparation_case(cov: Tensor) -> Case:
-    """What a call costs before any target is solved: checks and packing (the operator without targets), lambda_max."""
-    none, no_lam = torch.arange(0), torch.zeros(0, dtype=torch.float64)
-    everything = torch.arange(len(cov))
+    """What a call costs beside its targets: checks and packing (one target at its lambda_max), lambda_max of all."""
+    first, everything = torch.arange(1), torch.arange(len(cov))
+    top = nk.lambda_max(cov, first)
     return Case(
         "covlasso lite0 preparation",
         {"n": len(cov), "dtype": "float32"},
         ours=Contender(
             "ours checks and packing",
-            lambda: torch.ops.neuraldeps.covlasso(cov, none, no_lam, None, 1e-6, MAX_PIVOTS, 1),
+            lambda: torch.ops.neuraldeps.covlasso(cov, first, top, None, 1e-6, MAX_PIVOTS, 1),
         ),
         variants=(
             Contender("ours lambda_max operator", lambda: torch.ops.neuraldeps.lambda_max(cov, everything, None)),

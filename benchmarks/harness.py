@@ -21,26 +21,30 @@ import random
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import nvtx
 import torch
-from rich.console import Console
-from rich.table import Table
-from threadpoolctl import threadpool_limits
 
 import neuraldeps_kernels as nk
 from neuraldeps_kernels._info import _processor
 
+with contextlib.suppress(ImportError):  # a visit to a GPU measures without tables and limits on threads
+    import nvtx
+    from rich.console import Console
+    from rich.table import Table
+    from threadpoolctl import threadpool_limits
+
 ROOT = Path(__file__).resolve().parents[1]
-BENCHES = ("covlasso", "covlasso_path", "covariance", "overhead")
+BENCHES = {name: f"bench_{name}" for name in ("covlasso", "covlasso_path", "covariance", "spectrum", "overhead")}
+BENCHES |= {"gpu": "gpu_cases"}  # argument of the command: module
 SCHEMA = 1
 MIN_ROUNDS = 5
 TABLE_WIDTH = 150  # columns, where the output is no wider terminal
-VERSIONS = ("numpy", "scipy", "scikit-learn", "adelie", "celer", "skglm", "scm2cpp-learn")
+VERSIONS = ("numpy", "scipy", "triton", "cupy-cuda13x", "scikit-learn", "adelie", "celer", "skglm", "scm2cpp-learn")
 
 
 class AccuracyError(AssertionError):
@@ -78,7 +82,8 @@ class Case:
     ours: Contender
     variants: Sequence[Contender] = ()
     peers: Sequence[Contender | Missing] = ()
-    threads: int = 1
+    threads: int = 1  # 0: as many as torch takes
+    device: torch.device | None = None  # times are taken there, by events; None: on the CPU, by `timer_for`
     bytes: float = 0.0  # per unit, that must be moved
     flops: float = 0.0  # per unit
     rates: Rates | None = None  # what bytes and flops are held against; None: no floor
@@ -112,8 +117,22 @@ class Budget:
 
 def checked_error(contender: Contender) -> float | None:
     """The error of one run, which also warms up; None where the contender has no measure of error."""
-    result = contender.run()
+    with poisoned_outputs():
+        result = contender.run()
     return None if contender.error is None else float(contender.error(result))
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Memory that torch hands out holds NaN or the largest integer, so that an element nobody writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # torch then fills what it allocates
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def within_limit(contender: Contender, error: float | None) -> bool:
@@ -130,6 +149,48 @@ def seconds_of(
     start = timer()
     result = run()
     return timer() - start if clock is None else clock(result)
+
+
+def device_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds from an idle device to the end of what `run` queued, by CUDA events; of the wall clock on the CPU."""
+    if device.type == "cpu":
+        return seconds_of(run)
+    torch.cuda.synchronize(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def on_device_clock(contender: Contender, device: torch.device) -> Contender:
+    """The contender, timed by `device_seconds`."""
+    return replace(contender, run=lambda: device_seconds(contender.run, device), clock=float)
+
+
+def replayed(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`run` captured as a CUDA graph, which costs the host one launch; on the CPU `run` itself.
+
+    Every call returns the same tensors, with new values.
+    """
+    if device.type == "cpu":
+        return run
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def timer_for(threads: int) -> Callable[[], float]:
@@ -176,9 +237,62 @@ def measured_rates(threads: int, buffer_bytes: int, dtype: torch.dtype) -> Rates
     return Rates(2 * source.nbytes / copy, 2 * size**3 / gemm)
 
 
+@dataclass(frozen=True)
+class DeviceRates:
+    """Speed of one device, bytes/s (read plus written) and flop/s."""
+
+    memory: float  # copies far beyond the caches
+    cache: float  # copies of 4 MB within them, from a graph
+    gemm: dict[str, float]  # by type: float32, tf32, bfloat16, float64
+
+
+@functools.cache
+def device_rates(device: torch.device, tiny: bool = False) -> DeviceRates:
+    """Best of some runs on random numbers; `tiny` for a rehearsal."""
+    large, size = (1 << 20, 128) if tiny else (1 << 31, 8192)
+    return DeviceRates(
+        memory=_copy_rate(device, large, 1),
+        cache=_copy_rate(device, min(large, 1 << 22), 2 if tiny else 100),
+        gemm={
+            "float32": _gemm_rate(device, size // 2, torch.float32),
+            "tf32": _gemm_rate(device, size, torch.float32, "high"),
+            "bfloat16": _gemm_rate(device, size, torch.bfloat16),
+            "float64": _gemm_rate(device, size // 2, torch.float64),
+        },
+    )
+
+
+def _copy_rate(device: torch.device, size: int, repeats: int) -> float:
+    """Of `Tensor.copy_` between two buffers of `size` bytes, `repeats` times in a row."""
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    copies = replayed(lambda: [target.copy_(source) for _ in range(repeats)], device)
+    return 2 * repeats * source.nbytes / min(device_seconds(copies, device) for _ in range(9))
+
+
+def _gemm_rate(device: torch.device, size: int, dtype: torch.dtype, precision: str = "highest") -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    with float32_precision(precision):
+        return 2 * size**3 / min(device_seconds(lambda: a @ b, device) for _ in range(7))
+
+
+@contextlib.contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Matrix products of float32: "highest", or "high" for TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @contextlib.contextmanager
 def threads_limited(threads: int) -> Iterator[None]:
-    """torch and the BLAS libraries use this many threads."""
+    """torch and the BLAS libraries use this many threads; 0: no limit."""
+    if threads == 0:
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -197,7 +311,8 @@ def measure(case: Case, budget: Budget) -> dict[str, Any]:
         rivals = [*case.variants, *(peer for peer in case.peers if isinstance(peer, Contender))]
         errors |= {rival.name: checked_error(rival) for rival in rivals}
         timed = [case.ours, *(rival for rival in rivals if within_limit(rival, errors[rival.name]))]
-        seconds = interleaved_seconds(timed, budget, timer_for(case.threads))
+        clocked = timed if case.device is None else [on_device_clock(contender, case.device) for contender in timed]
+        seconds = interleaved_seconds(clocked, budget, timer_for(case.threads))
 
     def entry(contender: Contender | Missing) -> dict[str, Any]:
         if isinstance(contender, Missing):
@@ -214,7 +329,7 @@ def measure(case: Case, budget: Budget) -> dict[str, Any]:
     return {
         "case": case.name,
         "parameters": case.parameters | {"threads": case.threads},
-        "timer": "process CPU" if case.threads == 1 else "wall",
+        "timer": _timer_name(case),
         "facts": case.facts,
         "ours": ours,
         "variants": [entry(variant) for variant in case.variants],
@@ -228,6 +343,12 @@ def measure(case: Case, budget: Budget) -> dict[str, Any]:
         "floor_us": floor and floor * 1e6,
         "floor_fraction": floor and floor * 1e6 / ours["us"],
     }
+
+
+def _timer_name(case: Case) -> str:
+    if case.device is not None and case.device.type == "cuda":
+        return "CUDA events"
+    return "process CPU" if case.threads == 1 else "wall"
 
 
 def _summary(seconds: list[float], ours: list[float]) -> dict[str, Any]:
@@ -266,6 +387,32 @@ def machine() -> dict[str, Any]:
     }
 
 
+@functools.cache
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Of the GPU that a result was measured on, in place of the processor's; empty for the CPU."""
+    if device.type == "cpu":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": properties.name,
+        "processor": _processor(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "cuda": torch.version.cuda,
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    }
+
+
+def _first_line(*command: str) -> str:
+    """First line that a command prints, or why there is none."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        return f"unknown: {type(error).__name__}"
+
+
 def _commit() -> str:
     """Commit of the checkout, with a plus where tracked files differ from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+"]
@@ -273,6 +420,12 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def stamped(record: dict[str, Any], bench: str, quick: bool, device: torch.device | None) -> dict[str, Any]:
+    """A record with everything that it depends on."""
+    there = {} if device is None else device_facts(device)
+    return {"schema": SCHEMA, "bench": bench, "quick": quick, **machine(), **there, **record}
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
@@ -329,13 +482,13 @@ def run_command(argv: Sequence[str]) -> int:
     console.print(f"{facts['device']}, {facts['cores']} cores, level {facts['cpu_level']}, commit {facts['commit']}")
     failures = found = 0
     for name in options.bench or BENCHES:
-        for build in importlib.import_module(f"benchmarks.bench_{name}").cases(budget, options):
+        for build in importlib.import_module(f"benchmarks.{BENCHES[name]}").cases(budget, options):
             if options.case and options.case not in build.name:
                 continue
             found += 1
             failures += not _run_case(name, build, budget, options, console)
     if not found:
-        console.print(f"no case has {options.case!r} in its name")
+        console.print(f"no case has {options.case!r} in its name" if options.case else "no case for this machine")
     return int(failures > 0 or not found)
 
 
@@ -359,24 +512,33 @@ def _run_case(bench: str, recipe: Recipe, budget: Budget, options: argparse.Name
         console.print(f"[red]WRONG RESULT[/red] {error}")
         return False
     print_record(record, console)
-    results = options.results or default_results(budget.quick)
-    append_record(results, {"schema": SCHEMA, "bench": bench, "quick": budget.quick, **machine(), **record})
+    results = options.results or default_results(budget.quick, "cpu" if case.device is None else case.device.type)
+    append_record(results, stamped(record, bench, budget.quick, case.device))
     return True
 
 
 def profile(case: Case, warm_up: int = 3, repeats: int = 10) -> None:
-    """Runs ours alone in NVTX ranges "warm-up" and the name of the case, for a profiler around this process."""
+    """Runs ours alone in NVTX ranges "warm-up" and the name of the case, for a profiler around this process.
+
+    On a GPU the second range is also the capture range of the CUDA profiler API.
+    """
+    on_gpu = case.device is not None and case.device.type == "cuda"
     with threads_limited(case.threads):
         for message, count in (("warm-up", warm_up), (case.name, repeats)):
-            with nvtx.annotate(message, domain="neuraldeps"):
+            capture = torch.cuda.profiler.profile() if on_gpu and message != "warm-up" else contextlib.nullcontext()
+            with capture, nvtx.annotate(message, domain="neuraldeps"):
                 for _ in range(count):
                     case.ours.run()
+                if on_gpu:
+                    torch.cuda.synchronize(case.device)
 
 
-def default_results(quick: bool) -> Path:
+def default_results(quick: bool, kind: str = "cpu") -> Path:
     """Full runs are kept in the repository, quick ones in out/, which git ignores."""
     day = datetime.date.today().isoformat()
-    return ROOT / "out" / "bench" / f"{day}-quick.jsonl" if quick else ROOT / "benchmarks/results" / f"{day}-cpu.jsonl"
+    return (
+        ROOT / "out" / "bench" / f"{day}-quick.jsonl" if quick else ROOT / "benchmarks/results" / f"{day}-{kind}.jsonl"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

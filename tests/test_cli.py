@@ -528,5 +528,5 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str], monkeypat
     text = " ".join(capsys.readouterr().out.split())
     assert "Logits (samples x categories)" in text  # square brackets would be taken for markup
     assert "(default: 0.1)" in text
-    assert run("rankk") == 2
-    assert capsys.readouterr().err == "neuraldeps: error: No such command 'rankk'.\n"
+    assert run("frobnicate") == 2
+    assert capsys.readouterr().err == "neuraldeps: error: No such command 'frobnicate'.\n"

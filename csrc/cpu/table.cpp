@@ -16,7 +16,9 @@
   X(moments_start)      \
   X(moments_pack)       \
   X(moments_multiply)   \
-  X(moments_finish)
+  X(moments_finish)     \
+  X(spectrum_plan)      \
+  X(spectrum)
 
 #define ND_DECLARE(name) std::remove_pointer_t<decltype(Kernels::name)> name;
 #define ND_ENTRY(name) .name = name,

@@ -167,11 +167,11 @@ Solution empty_solution(const Tensor& cov, const Tensor& lam, int64_t capacity) 
 
 // ----------------------------------------------------------------------------------------------------------------- CPU
 
-// A covariance in the solver's layout.
+// A covariance in the solver's layout: the caller's own memory where that has it.
 template <class T>
 struct Packed {
   Tensor cov, cross, variance;
-  double scale;
+  double scale, variance_bound;
 };
 
 template <class T>
@@ -179,9 +179,13 @@ Packed<T> pack(const Covariance& c, double ridge) {
   const int64_t n = c.n(), ld = leading_dimension(n, sizeof(T)), count = c.batched() ? c.cov.size(0) : 1;
   const Tensor cov = rows_dense(c.cov);
   const T* const values = static_cast<const T*>(cov.const_data_ptr());
-  Packed<T> packed = {nd::empty({count, n, ld}, cov.scalar_type(), cov), cov, cov, 1};
   const nd::cpu::Covariances<T> covs = {values, count, n, c.batched() ? cov.stride(0) : 0, cov.stride(-2)};
-  packed.scale = nd::cpu::pack_covariances(covs, ridge, static_cast<T*>(packed.cov.mutable_data_ptr()), parallel);
+  Packed<T> packed = {cov, cov, cov, 1, nd::cpu::bound_in_place(covs, ridge, parallel)};
+  if (!packed.variance_bound) {
+    packed.cov = nd::empty({count, n, ld}, cov.scalar_type(), cov);
+    packed.scale = nd::cpu::pack_covariances(covs, ridge, static_cast<T*>(packed.cov.mutable_data_ptr()), parallel);
+    packed.variance_bound = 2;
+  }
   if (!c.cross) {  // the diagonal, as the ridge may drown it in the packed one
     packed.variance = nd::empty({n}, ScalarType::Double, cov);
     double* const variance = static_cast<double*>(packed.variance.mutable_data_ptr());
@@ -208,6 +212,7 @@ CovlassoArgs<T> arguments(const Covariance& c, const Packed<T>& packed, const Te
   args.cov_stride = c.batched() ? args.n * args.ld : 0;
   if (c.cross) args.cross = static_cast<const T*>(packed.cross.const_data_ptr());
   args.variance = static_cast<const double*>(packed.variance.const_data_ptr());
+  args.variance_bound = packed.variance_bound;
   args.targets = static_cast<const int64_t*>(targets.const_data_ptr());
   args.num_lams = 1;
   args.penalty = data_of<T>(options.penalty);

@@ -97,7 +97,10 @@ def covlasso(
     Args:
         cov: [n, n] covariance of the logits, symmetric positive semidefinite, in squared logit units. float32 and
             float64 are solved as they are; float16 and bfloat16 are computed in float32. Entries may differ from their
-            mirror image by 1e-5 of the largest variance; their mean is used. Or a `CrossCovariance`: its n targets are
+            mirror image by 1e-5 of the largest variance; their mean is used. On the CPU an exactly symmetric float32
+            covariance of n = 16, 48, 80, ... categories, such as 10,000, is read where it is; others are copied once a
+            call, which takes their memory again. Or a `FactoredCovariance`, solved in float64 and not differentiable,
+            whose [n, n] covariance is never formed. Or a `CrossCovariance`: its n targets are
             then explained by its m predictors, and "n" below is m.
         lam: penalty, a positive number or [T]; squared logit units, twice the alpha of scikit-learn.
         lam_ratio: penalty as a fraction of each target's `lambda_max`, a positive number or [T]. Exactly one of `lam`

@@ -16,14 +16,16 @@ call at once:
 A number of nonzeros is reached by homotopy over all columns: between two events (a column joins, a coefficient
 vanishes) coefficients and gradient are linear in lam, and one pass of two vectors a target finds the next event.
 
-Cost of a pass: 2 n d T flops. Memory besides W and the results: `_BLOCK` values for a pass, some multiples of `_GRAM`
-values for the working sets, and W' theta of all targets of a chunk.
+Cost of a pass: 2 n d T flops; a penalty takes some ten, a number of nonzeros twice as many as the path has events.
+Memory besides W and the results: some multiples of `_BLOCK` values for a pass and of `_GRAM` for the working sets,
+whose covariances are held up to `_HELD` entries (0.5 GB), or those of one group of targets. Results are those of any
+other batch of targets to rounding, not to the bit, as with all matrix products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +34,8 @@ from neuraldeps_kernels.ops.covariance import covariance
 from neuraldeps_kernels.ops.covlasso_rules import Solved, Start
 
 _BLOCK = 1 << 23  # values of a pass held at once: rows of W, and products
-_GRAM = 1 << 23  # entries of the covariances among working sets held at once
+_GRAM = 1 << 23  # entries of the covariances among working sets solved at once
+_HELD = 1 << 26  # entries of all such covariances; beyond it half of the targets wait
 _TARGETS = 1024  # targets of a chunk
 _LEAST_GROWTH, _MOST_GROWTH = 64, 512  # columns a round may add to a working set
 
@@ -198,7 +201,7 @@ class FactoredProblems:
         for first in range(0, len(lams), _TARGETS):
             rows = torch.arange(first, min(len(lams), first + _TARGETS), device=lams.device)
             solver = _Solver(self, lams, tol, max_pivots, out)
-            solver.follow(solver.begin(rows, None if start is None else tuple(x[rows] for x in start)))
+            solver.follow([solver.begin(rows, None if start is None else tuple(x[rows] for x in start))])
         return (
             out.value.view(*shape, capacity),
             out.index.view(*shape, capacity),
@@ -208,32 +211,29 @@ class FactoredProblems:
 
     def top_k(self, k: int, tol: float, max_pivots: int, position: float) -> tuple[Solved, Tensor]:
         """As `torch.ops.neuraldeps.covlasso_top_k`, for any number of targets."""
-        high, low, complete = (
-            torch.zeros(len(self.targets), dtype=torch.float64, device=self.cov.device) for _ in "abc"
-        )
-        size = max(1, min(_TARGETS, _GRAM // (k + 8) ** 2))
-        start_value = torch.zeros(len(self.targets), k, dtype=torch.float64, device=self.cov.device)
-        start_index = torch.zeros_like(start_value, dtype=torch.int32)
-        start_count = start_index.sum(1, dtype=torch.int32)
+        device, count_all = self.cov.device, len(self.targets)
+        lam = torch.zeros(count_all, dtype=torch.float64, device=device)
+        complete = torch.zeros(count_all, dtype=torch.bool, device=device)
         spent = torch.zeros_like(self.targets)
-        for rows in torch.arange(len(self.targets), device=self.cov.device).split(size):
+        value = torch.zeros(count_all, k, dtype=torch.float64, device=device)
+        index = torch.zeros(count_all, k, dtype=torch.int32, device=device)
+        size = max(1, min(_TARGETS, _GRAM // (k + 8) ** 2))
+        for rows in torch.arange(count_all, device=device).split(size):
             path = _Homotopy(self.take(rows), k, max_pivots)
             path.follow()
-            high[rows], low[rows], complete[rows] = path.high, path.low, path.complete.double()
+            at = torch.where(path.complete, position, _END_OF_PATH)
+            lam[rows], complete[rows] = 2 * (path.high - at * (path.high - path.low)), path.complete
             spent[rows] = path.pivots
-            count = (path.sign != 0).sum(1).clamp_max(k)
             order = (path.sign == 0).int().argsort(dim=1, stable=True)[:, :k]
-            start_value[rows, : order.shape[1]] = path.sign.gather(1, order)
-            start_index[rows, : order.shape[1]] = path.sets.index.gather(1, order).int()
-            start_count[rows] = count.int()
-        at = torch.where(complete > 0, position, _END_OF_PATH)
-        lam = 2 * (high - at * (high - low))
-        start = (start_value, start_index, start_count)
+            value[rows, : order.shape[1]] = path.sign.gather(1, order)
+            index[rows, : order.shape[1]] = path.sets.index.gather(1, order).int()
+        start = (value, index, torch.where(complete, k, 0).int())
         value, index, count, info = self.solve(lam, tol, max_pivots, k, start)
+        status = info[:, 4]
+        missed = torch.where(complete, _COLLINEAR, _TOO_FEW).double()
+        status = torch.where((status == _CONVERGED) & (count != k), missed, status)
         info[:, 3] += spent
-        missed = (info[:, 4] == _CONVERGED) & (count != k)
-        info[:, 4] = torch.where(missed, torch.where(complete > 0, _COLLINEAR, _TOO_FEW).double(), info[:, 4])
-        info[:, 4] = torch.where(spent >= max_pivots, float(_CAPPED), info[:, 4])
+        info[:, 4] = torch.where(~complete & (spent >= max_pivots), float(_CAPPED), status)
         return (value, index, count, info), lam
 
     def _lambda_max(self) -> Tensor:
@@ -296,7 +296,9 @@ def _read(x: Tensor, index: Tensor, columns: slice, out: Tensor) -> None:
 
 
 def _in_chunks(count: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.cat([function(rows) for rows in torch.arange(count).split(_TARGETS)] or [torch.empty(0)])
+    return torch.cat(
+        [function(rows) for rows in torch.arange(count).split(_TARGETS)] or [torch.empty(0, dtype=torch.float64)]
+    )
 
 
 @dataclass(frozen=True)
@@ -350,9 +352,9 @@ class _WorkingSets:
 
     @classmethod
     def empty(cls, rows: Tensor, top: Tensor, own: Tensor) -> _WorkingSets:
-        none, count = own.new_zeros(len(rows), 0), torch.zeros_like(rows)
+        none, pivots, status = own.new_zeros(len(rows), 0), torch.zeros_like(rows), torch.zeros_like(rows)
         live = torch.ones_like(rows, dtype=torch.bool)
-        return cls(rows, top, own, none.long(), none, count, count, live, none, none[..., None].expand(-1, -1, 0))
+        return cls(rows, top, own, none.long(), none, pivots, status, live, none, none[..., None].expand(-1, -1, 0))
 
     @property
     def width(self) -> int:
@@ -380,6 +382,9 @@ class _WorkingSets:
         small = {name: x[self.live] for name, x in vars(self).items() if name not in ("cross", "cov")}
         none = self.own.new_zeros(len(small["rows"]), 0)
         return _WorkingSets(**small, cross=none, cov=none)
+
+    def without_cov(self) -> _WorkingSets:
+        return replace(self, cov=self.own.new_zeros(len(self.rows), 0, 0))
 
     def widened(self, by: int) -> None:
         """Room for more columns."""
@@ -459,20 +464,36 @@ class _Solver:
             sets.value = torch.where(index >= 0, value.double(), 0.0)
         return sets
 
-    def follow(self, sets: _WorkingSets) -> None:
-        """All penalties. The groups of targets have working sets of their own size, but share every pass."""
-        groups = [sets]
-        for lam in range(self.lams.shape[1]):
-            for group in groups:
-                if lam and group.width > 2 * group.most() + _LEAST_GROWTH:
-                    group.compact()
-                group.pivots, group.live = torch.zeros_like(group.pivots), torch.ones_like(group.live)
+    def follow(self, groups: list[_WorkingSets], first: int = 0) -> None:
+        """The penalties from number `first` on, which may be under way. The groups of targets have working sets of
+        their own size, but share every pass.
+        """
+        for lam in range(first, self.lams.shape[1]):
+            if lam > first:
+                for group in groups:
+                    group.pivots, group.live = torch.zeros_like(group.pivots), torch.ones_like(group.live)
+                    if group.width > 2 * group.most() + _LEAST_GROWTH:
+                        group.compact()
             while any(bool(group.live.any()) for group in groups):
                 for group in groups:
                     if group.width and bool(group.live.any()):
                         self.solve_sets(group, lam)
                 violators = self.scan(_joined(groups), lam)
-                groups = [part for group in groups for part in self.grown(group, violators)]
+                groups[:] = [part for group in groups for part in self.grown(group, violators)]
+                if len(groups) > 1 and sum(group.cov.numel() for group in groups) > _HELD:
+                    waiting = [group.without_cov() for group in groups[len(groups) // 2 :]]
+                    del groups[len(groups) // 2 :]
+                    self.follow(groups, lam)
+                    groups.clear()
+                    self.follow([self.with_cov(group) for group in waiting], lam)
+                    return
+
+    def with_cov(self, sets: _WorkingSets) -> _WorkingSets:
+        """What `without_cov` has left out, computed again."""
+        filled = replace(sets, index=sets.index[:, :0], value=sets.value[:, :0], cross=sets.cross[:, :0])
+        _extend(self.problems, filled, torch.arange(len(sets.rows), device=sets.rows.device), sets.index)
+        filled.value = sets.value
+        return filled
 
     def grown(self, group: _WorkingSets, violators: Tensor) -> list[_WorkingSets]:
         """The group, or its halves if it is too large, with its violators [T, p] added; live where there are any."""
@@ -589,7 +610,7 @@ class _Solver:
 
 
 class _Homotopy:
-    """Paths of R targets from lambda_max down to the first segment with k nonzeros, or to the end.
+    """Paths of R targets from lambda_max down to the first segment with k nonzeros, or to the end; in float64.
 
     The active columns are those of the working set with a sign. With a = lam / 2 the coefficients are
     inv(S_AA) (c_A - a p_A sign_A); as a falls by t they move by t step, and the gradient by t slope.
@@ -600,37 +621,42 @@ class _Homotopy:
         rows = torch.arange(len(problems.targets), device=problems.cov.device)
         self.sets = _WorkingSets.empty(rows, problems.lambda_max() / 2, problems.own())
         self.sign = self.sets.value  # [R, M]
-        self.high = self.sets.top.clone()
-        self.low = torch.zeros_like(self.high)
+        self.a, self.high, self.low = (self.sets.top.clone() for _ in range(3))
         self.complete = torch.zeros_like(rows, dtype=torch.bool)
         self.pivots = torch.zeros_like(rows)
         self.left = torch.full_like(rows, -1)  # the column that has just left
         self.barred = torch.zeros(len(rows), problems.cov.shape[0], dtype=torch.bool, device=rows.device)
 
     def follow(self) -> None:
-        """`high` and `low` become the ends of the segment, `complete` where it has k nonzeros."""
-        live = torch.arange(len(self.high), device=self.high.device)
+        """`high` and `low` become the ends of the segment, `complete` where it has k nonzeros; without one, those of
+        the last segment that has fewer.
+        """
+        live = torch.arange(len(self.a), device=self.a.device)
         while True:
-            live = live[(self.high[live] > _SHORTEST * self.sets.top[live]) & (self.pivots[live] < self.max_pivots)]
+            shortest = _SHORTEST * self.sets.top
+            live = live[(self.a[live] > shortest[live]) & (self.pivots[live] < self.max_pivots)]
             if not len(live):
                 return
             value, step = self.coefficients(live)
             length, leaving, joining = self.next_event(live, value, step)
-            self.low[live] = torch.where(torch.maximum(leaving, joining) >= 0, self.high[live] - length, 0.0)
-            visible = length > _SHORTEST * self.sets.top[live]
-            self.complete[live] = visible & ((self.sign[live] != 0).sum(1) == self.k)
-            goes_on = ~self.complete[live] & ((leaving >= 0) | (joining >= 0))
+            event = torch.maximum(leaving, joining) >= 0
+            low = torch.where(event, self.a[live] - length, 0.0)
+            count, visible = (self.sign[live] != 0).sum(1), length > shortest[live]
+            kept = visible & (count <= self.k)
+            self.high[live[kept]], self.low[live[kept]] = self.a[live[kept]], low[kept]
+            self.complete[live] = visible & (count == self.k)
+            goes_on = event & ~self.complete[live]
             live, leaving, joining = live[goes_on], leaving[goes_on], joining[goes_on]
-            self.high[live], self.low[live] = self.low[live], 0.0
+            self.a[live] = low[goes_on]
             self.left[live] = -1
             self.pivots[live] += 1
             self.drop(live[leaving >= 0], leaving[leaving >= 0])
             self.join(live[joining >= 0], joining[joining >= 0])
 
     def coefficients(self, live: Tensor) -> tuple[Tensor, Tensor]:
-        """On the active columns, at a = high: coefficients and how they move as a falls; [len(live), M] each."""
+        """On the active columns, at the present a: coefficients and how they move as a falls; [len(live), M] each."""
         factor, pull = self.factor(live), self.pulls(live)
-        right = torch.where(pull == 0, 0.0, self.sets.cross[live] - self.high[live, None] * pull)
+        right = torch.where(pull == 0, 0.0, self.sets.cross[live] - self.a[live, None] * pull)
         solved = torch.cholesky_solve(torch.stack([right, pull], 2), factor)
         return solved[..., 0], solved[..., 1]
 
@@ -649,7 +675,7 @@ class _Homotopy:
 
     def next_event(self, live: Tensor, value: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """How far a falls until coefficient number `leaving` vanishes or column `joining` enters, -1 if not."""
-        these, a, pull = self.problems.take(live), self.high[live], self.pulls(live)
+        these, a, pull = self.problems.take(live), self.a[live], self.pulls(live)
         index = self.sets.index[live].masked_fill(pull == 0, -1)
         along = (pull != 0) & (value * pull > 0)
         lengths = torch.where(along & (value * step < 0), -value / step, torch.inf)
@@ -676,7 +702,7 @@ class _Homotopy:
 
     def lengths_to_join(self, live: Tensor, g: Tensor, slope: Tensor, p: Tensor, columns: slice) -> Tensor:
         """How far a falls until |g_j| reaches a p_j; a column that has just left starts there, moving away from it."""
-        bound = self.high[live, None] * p
+        bound = self.a[live, None] * p
         left = torch.zeros_like(g, dtype=torch.bool)
         _put(left, self.left[live, None], columns, True)
         allowed = p.isfinite()

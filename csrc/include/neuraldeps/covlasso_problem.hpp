@@ -78,15 +78,45 @@ struct Covariances {
   int64_t count, n, matrix_stride, stride;
 };
 
+// The power of four that brings the largest variance between 1/2 and 2. Every step of the solver is exact under it,
+// square roots included, so that it changes nothing but where numbers overflow.
+inline double scale_for(double top) {
+  const int exponent = std::ilogb(top);
+  return std::ldexp(1.0, -(exponent + (exponent & 1)));
+}
+
+// A power of two above every variance if the kernels can read the matrices where they are, else 0. They can where rows
+// are an odd number of whole 64-byte lines, aligned and without padding, the matrices exactly symmetric and finite, no
+// ridge is to be added, and no variance is near the ends of the range of T.
+template <class T, class Parallel>
+double bound_in_place(const Covariances<T>& covs, double ridge, const Parallel& parallel) {
+  constexpr double kFar = 1e12;
+  const int64_t n = covs.n, groups = (n + kCovlassoTile - 1) / kCovlassoTile;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(covs.data) % 64 == 0 && (covs.count == 1 || covs.matrix_stride == n * n);
+  if (ridge != 0 || !aligned || covs.stride != n || n != leading_dimension(n, sizeof(T))) return 0;
+  std::vector<CovlassoPackFacts> facts(static_cast<size_t>(groups));
+  double top = 0;
+  for (int64_t m = 0; m < covs.count; m++) {
+    const T* const cov = covs.data + m * covs.matrix_stride;
+    top = std::fmax(top, largest_variance(cov, n, n));
+    const CovlassoPackArgs<T> args = {cov, n, n, n, 1, 0, nullptr, facts.data()};
+    parallel(groups, 8, [&](int64_t begin, int64_t end) { CovlassoKernels<T>::pack()(args, begin, end); });
+    for (const CovlassoPackFacts& fact : facts)
+      if (!fact.finite || fact.asymmetry != 0) return 0;
+  }
+  return top > 1 / kFar && top < kFar ? 2 / scale_for(top) : 0;
+}
+
 // Packs every matrix into `packed` [count, n, leading_dimension(n)], aligned to 64 bytes, with `ridge` on the diagonal.
-// Returns the power of two they were all multiplied by, which brings the largest diagonal entry near one.
+// Returns the power of four they were all multiplied by, see scale_for.
 template <class T, class Parallel>
 double pack_covariances(const Covariances<T>& covs, double ridge, T* packed, const Parallel& parallel) {
   const int64_t n = covs.n, groups = (n + kCovlassoTile - 1) / kCovlassoTile, ld = leading_dimension(n, sizeof(T));
   double top = 0;
   for (int64_t m = 0; m < covs.count; m++)
     top = std::fmax(top, largest_variance(covs.data + m * covs.matrix_stride, n, covs.stride));
-  const double scale = top + ridge > 0 ? std::ldexp(1.0, -std::ilogb(top + ridge)) : 1.0;
+  const double scale = top + ridge > 0 ? scale_for(top + ridge) : 1.0;
   std::vector<CovlassoPackFacts> facts(static_cast<size_t>(covs.count * groups));
   parallel(covs.count * groups, 8, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end;) {

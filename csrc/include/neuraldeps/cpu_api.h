@@ -27,6 +27,7 @@ struct CovlassoArgs {
   int64_t cov_stride;          // from the matrix of one target to that of the next; 0: one for all
   const T* cross;              // rows c [*, ld] as those of cov; null: rows of cov, without the target itself
   const double* variance;      // [*] v, one a row of cross, or of cov (its diagonal without the ridge)
+  double variance_bound = 2;   // above every diagonal entry of cov
   const int64_t* targets;      // [num_targets] row of cross and variance, or of cov
   const double* lam;           // [num_targets, num_lams], > 0
   int64_t num_lams;            // >= 1
@@ -56,7 +57,7 @@ struct CovlassoTopK {
 };
 
 // A covariance made ready for the solver: [n, ld] rows of whole 64-byte lines, padded with zeros, S symmetrised,
-// multiplied by `scale` (a power of two), `ridge` added to the diagonal. Work is counted in groups of kCovlassoTile
+// multiplied by `scale` (a power of four), `ridge` added to the diagonal. Work is counted in groups of kCovlassoTile
 // rows.
 constexpr int64_t kCovlassoTile = 16;
 struct CovlassoPackFacts {
@@ -68,7 +69,7 @@ struct CovlassoPackArgs {
   const T* cov;  // [n, n], rows `stride` apart
   int64_t n, stride, ld;
   double scale, ridge;
-  T* packed;                 // [n, ld]
+  T* packed;                 // [n, ld], or null: only the facts are wanted, up to the first asymmetry
   CovlassoPackFacts* facts;  // one per group of rows
 };
 
@@ -114,12 +115,17 @@ struct SpectrumArgs {
   bool hermitian;  // ranks: m = n, a is symmetric, of which the lower triangle is read; sigma are its absolute
                    // eigenvalues
   double* basis;   // [batch, k, k] singular vectors of the shorter side, one a row, or null; then values are float64
+  // Or, alone: the gradient sum_i g_i u_i v_i' [batch, m, n] of values whose gradients are g [batch, k]; a matrix is
+  // unresolved [batch] if some g_i is not 0 whose sigma_i is too small for the method (below 1e-6 sigma_1).
+  const float* value_gradient;
+  float* gradient;
+  bool* unresolved;
 };
-constexpr int64_t kSpectrumGroup = 16;  // tasks of small matrices begin at multiples of it
+constexpr int64_t kSpectrumGroup = 16;  // small matrices that a task of its best speed holds, or multiples of it
 constexpr int64_t kRankUndecided = -2;  // rounding may change the count: the caller takes singular values in float64
 
 struct SpectrumPlan {
-  int64_t group;            // matrices a task takes at once
+  int64_t group;            // matrices a task had best hold; any other number gives the same results
   int64_t workspace_bytes;  // of a task, aligned to 64
 };
 
@@ -142,7 +148,7 @@ struct Kernels {
   void (*moments_pack)(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end);
   void (*moments_multiply)(const MomentsArgs& args, int64_t chunk, int64_t begin, int64_t end);
   void (*moments_finish)(const MomentsArgs& args, int64_t begin, int64_t end);
-  // Matrices [begin, end); begin is a multiple of the group of the plan.
+  // Matrices [begin, end) of the batch.
   SpectrumPlan (*spectrum_plan)(const SpectrumArgs& args);
   void (*spectrum)(const SpectrumArgs& args, int64_t begin, int64_t end, void* workspace);
 };

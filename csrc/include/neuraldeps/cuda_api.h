@@ -36,7 +36,7 @@ typedef struct {
   const void* penalty;        /* T [n] or [num_targets, n], > 0; +inf: may not enter; null: all ones */
   int64_t penalty_stride;     /* 0 for one row shared by all, else the distance of rows */
   double ridge;               /* >= 0, in units before scaling: what the diagonal of S / *scale contains of it */
-  const double* scale;        /* [1] on the device, a power of two; null: 1 */
+  const double* scale;        /* [1] on the device, a power of four; null: 1 */
   int32_t nonnegative;        /* 0 or 1 */
   const void* start_value;    /* T [num_targets, start_capacity], of which signs are used; null: a cold start */
   const int32_t* start_index; /* [num_targets, start_capacity]; what cannot be an active set is skipped */
