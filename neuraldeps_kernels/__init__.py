@@ -1,7 +1,8 @@
 """Dependency-aware neural networks: kernels as torch operators and the analyses built on them.
 
 `import neuraldeps_kernels as nk` registers `torch.ops.neuraldeps.*`. The submodules `analysis`, `arrays` (NumPy),
-`data`, `distributed`, `losses`, `profiling` and `reference` are loaded at their first use, `cupy` when it is imported.
+`data`, `distributed`, `losses`, `models`, `profiling` and `reference` are loaded at their first use, `cupy` when it is
+imported.
 """
 
 from __future__ import annotations
@@ -38,8 +39,15 @@ from neuraldeps_kernels.ops.covlasso import (  # noqa: E402  needs the operators
     lambda_max,
 )
 from neuraldeps_kernels.ops.factored import FactoredCovariance  # noqa: E402  needs the operators
+from neuraldeps_kernels.ops.spectrum import (  # noqa: E402  needs the operators
+    effective_rank,
+    low_rank_project,
+    matrix_rank,
+    stable_rank,
+    svdvals,
+)
 
-_LAZY_SUBMODULES = ("analysis", "arrays", "data", "distributed", "losses", "profiling", "reference")
+_LAZY_SUBMODULES = ("analysis", "arrays", "data", "distributed", "losses", "models", "profiling", "reference")
 
 __all__ = [
     "CovLassoPath",
@@ -54,7 +62,12 @@ __all__ = [
     "covlasso_path",
     "covlasso_top_k",
     "cross_covariance",
+    "effective_rank",
     "lambda_max",
+    "low_rank_project",
+    "matrix_rank",
+    "stable_rank",
+    "svdvals",
 ]
 
 

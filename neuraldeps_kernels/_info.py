@@ -16,7 +16,7 @@ import torch
 import neuraldeps_kernels
 
 # Per hot path the kernels that serve it on a CUDA device, best first; on the CPU C++ serves all.
-CUDA_KERNELS = {"covariance": "Triton", "covlasso": "CUDA C++"}
+CUDA_KERNELS = {"covariance": "Triton", "covlasso": "CUDA C++", "spectrum": None}
 
 
 def collect() -> dict[str, Any]:
@@ -143,8 +143,10 @@ def _driver() -> str | None:
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
-def _cuda_kernel(kernel: str, library_error: str | None, triton: str | None) -> str:
+def _cuda_kernel(kernel: str | None, library_error: str | None, triton: str | None) -> str:
     """What serves a CUDA tensor: the kernel, or plain PyTorch and why."""
+    if kernel is None:
+        return "PyTorch: no kernel yet"
     if kernel == "Triton":
         return f"Triton {triton}" if triton else "PyTorch: triton is not installed"
     return f"PyTorch: {library_error}" if library_error else "CUDA C++"

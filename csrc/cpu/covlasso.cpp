@@ -44,6 +44,7 @@ constexpr int kGuardAfter = 60;        // iterations before single pivots
 constexpr int kSmallViewDivisor = 16;  // gather a sub-matrix when this many times its size is below n
 constexpr int kMaxStalled = 50;        // entries without a smaller violation, beside one a coordinate
 constexpr int kMaxSettled = 20;        // refinements of one solution among single pivots
+constexpr int kGradientAfter = 16;     // events of a homotopy until rounding is cleared from the gradient
 constexpr int kOrderAbove = 64;        // shorter active sets are not reordered: a late block costs little more
 constexpr double kEndOfPath = 0.999;   // position on a last segment that has too few nonzeros
 constexpr double kSafety = 0.85;       // part of the tolerance used here; the rest covers rounding of the certificate
@@ -883,8 +884,8 @@ class Solver {
     move_penalty();
     for (int j = 0; j < n_; j++) barred_[j] = 0;
     int left = -1;  // the column that has just left
-    while (a_ > kShortest<T> * top_ && pivots_ < args_.max_pivots) {
-      gradient();
+    for (int step = 0; a_ > kShortest<T> * top_ && pivots_ < args_.max_pivots; step++) {
+      if (step % kGradientAfter == 0) gradient();
       const Event event = next_event(left);
       const T low = a_ - event.length;
       const bool visible = event.length > kShortest<T> * top_;
@@ -892,6 +893,7 @@ class Solver {
       if (k_ < wanted && visible) fewer = {a_, low, false, Outcome::converged};
       if (event.joining < 0 && event.leaving < 0) return fewer;
       set_penalty(low);
+      for (int j = 0; j < padded_; j++) g_[j] += event.length * slope_[j];
       left = -1;
       if (event.leaving >= 0) {
         left = active_[event.leaving];
@@ -900,7 +902,6 @@ class Solver {
         resolve(drop(event.leaving));
       } else {
         move_penalty();
-        g_[event.joining] += event.length * slope_[event.joining];
         join(event.joining);
       }
     }

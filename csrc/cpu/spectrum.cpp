@@ -986,7 +986,7 @@ void store_rank(const SpectrumArgs& args, int64_t b, int64_t r, const Facts& fac
 
 // Ranks of matrices [first, first + W) from the bidiagonal form; only those marked in `wanted`.
 template <class In>
-void ranks_by_bidiagonal(const SpectrumArgs& args, int64_t first, const Facts* facts, const LaneWork& at,
+void ranks_by_bidiagonal(const SpectrumArgs& args, int64_t first, int64_t end, const Facts* facts, const LaneWork& at,
                          const bool* wanted) {
   const int64_t k = smaller(args.m, args.n), longer = larger(args.m, args.n);
   load_columns<In>(args, first, facts, at);
@@ -997,14 +997,14 @@ void ranks_by_bidiagonal(const SpectrumArgs& args, int64_t first, const Facts* f
     const V shift[1][1] = {{threshold(args, r, facts, top, norm)}};
     M count[1][1];
     count_singular_above<1>(at.d, at.e, k, shift, count);
-    for (int l = 0; l < W && first + l < args.batch; l++) {
+    for (int l = 0; l < W && first + l < end; l++) {
       if (wanted[l]) store_rank(args, first + l, r, facts[l], count[0][0][l]);
     }
   }
 }
 
 // Counts of a chain pair from their symmetric forms; sets unsure[c * W + l] where the Gram matrix cannot decide.
-void symmetric_ranks(const SpectrumArgs& args, int64_t first, const Facts* facts, const LaneWork& at,
+void symmetric_ranks(const SpectrumArgs& args, int64_t first, int64_t end, const Facts* facts, const LaneWork& at,
                      const V (&norm)[2], bool* unsure) {
   const int64_t k = smaller(args.m, args.n);
   V top[2], bottom[2] = {};
@@ -1031,7 +1031,7 @@ void symmetric_ranks(const SpectrumArgs& args, int64_t first, const Facts* facts
       }
     }
     count_above<2, 2>(at.d, at.e, k, shift, count);
-    for (int l = 0; l < kPairMatrices && first + l < args.batch; l++) {
+    for (int l = 0; l < kPairMatrices && first + l < end; l++) {
       const int64_t above = count[l / W][0][l % W], others = k - count[l / W][1][l % W];
       if (!args.hermitian && above + others != k) unsure[l] = true;
       store_rank(args, first + l, r, facts[l], args.hermitian ? above + others : above);
@@ -1060,14 +1060,14 @@ void symmetric_group(const SpectrumArgs& args, int64_t first, int64_t end, const
   }
   if (args.rank) {
     bool unsure[kPairMatrices] = {};
-    symmetric_ranks(args, first, facts, at, norm, unsure);
+    symmetric_ranks(args, first, end, facts, at, norm, unsure);
     for (int c = 0; c < 2; c++) {
       bool some = false;
       for (int l = 0; l < W; l++) some |= unsure[c * W + l] && facts[c * W + l].finite;
       if (some && needs_bidiagonal(args)) {
-        ranks_by_bidiagonal<In>(args, first + c * W, facts + c * W, at, unsure + c * W);
+        ranks_by_bidiagonal<In>(args, first + c * W, end, facts + c * W, at, unsure + c * W);
       } else if (some) {
-        for (int l = 0; l < W && first + c * W + l < args.batch; l++) {
+        for (int l = 0; l < W && first + c * W + l < end; l++) {
           for (int64_t r = 0; unsure[c * W + l] && r < args.num_rtol; r++)
             store_rank(args, first + c * W + l, r, facts[c * W + l], kRankUndecided);
         }
@@ -1076,7 +1076,7 @@ void symmetric_group(const SpectrumArgs& args, int64_t first, int64_t end, const
     return;
   }
   eigenvalues<2>(at.d, at.e, k);
-  for (int l = 0; l < kPairMatrices && first + l < args.batch; l++)
+  for (int l = 0; l < kPairMatrices && first + l < end; l++)
     store_values<float>(args, first + l, facts[l], reinterpret_cast<double*>(at.d + l / W) + l % W, 2 * W,
                         norm[l / W][l % W], true, at.sorted);
 }
@@ -1117,10 +1117,10 @@ ND_INLINE const double* vector_of(const LaneWork& at, int64_t k, int64_t i, int 
 
 // Singular values and vectors of matrices [first, first + W).
 template <class In>
-void basis_group(const SpectrumArgs& args, int64_t first, const Facts* facts, const LaneWork& at) {
+void basis_group(const SpectrumArgs& args, int64_t first, int64_t end, const Facts* facts, const LaneWork& at) {
   const int64_t k = smaller(args.m, args.n);
   const V norm = decompose<In>(args, first, facts, at);
-  for (int l = 0; l < W && first + l < args.batch; l++) {
+  for (int l = 0; l < W && first + l < end; l++) {
     sort_lane(at, k, l);
     const Scale unscale(-facts[l].exponent);
     double* values = static_cast<double*>(args.values) + (first + l) * k;
@@ -1191,18 +1191,18 @@ void lane_gradient(const SpectrumArgs& args, int64_t b, int l, const Facts& fact
 }
 
 template <class In>
-void gradient_group(const SpectrumArgs& args, int64_t first, const Facts* facts, const LaneWork& at) {
+void gradient_group(const SpectrumArgs& args, int64_t first, int64_t end, const Facts* facts, const LaneWork& at) {
   decompose<In>(args, first, facts, at);
-  for (int l = 0; l < W && first + l < args.batch; l++) lane_gradient<In>(args, first + l, l, facts[l], at);
+  for (int l = 0; l < W && first + l < end; l++) lane_gradient<In>(args, first + l, l, facts[l], at);
 }
 
 // Matrices [first, first + W) of float64 through their bidiagonal forms.
-void bidiagonal_group(const SpectrumArgs& args, int64_t first, const Facts* facts, const LaneWork& at) {
+void bidiagonal_group(const SpectrumArgs& args, int64_t first, int64_t end, const Facts* facts, const LaneWork& at) {
   const int64_t k = smaller(args.m, args.n), longer = larger(args.m, args.n);
   if (args.rank) {
     bool wanted[W];
     for (int l = 0; l < W; l++) wanted[l] = true;
-    ranks_by_bidiagonal<double>(args, first, facts, at, wanted);
+    ranks_by_bidiagonal<double>(args, first, end, facts, at, wanted);
     return;
   }
   load_columns<double>(args, first, facts, at);
@@ -1210,7 +1210,7 @@ void bidiagonal_group(const SpectrumArgs& args, int64_t first, const Facts* fact
   const V norm = normalise_bidiagonal(at.d, at.e, k);
   V* values = at.work;  // its vectors are no longer needed
   bidiagonal_values(at.d, at.e, k, values, values + k);
-  for (int l = 0; l < W && first + l < args.batch; l++)
+  for (int l = 0; l < W && first + l < end; l++)
     store_values<double>(args, first + l, facts[l], reinterpret_cast<double*>(values) + l, W, norm[l], false,
                          at.sorted);
 }
@@ -1225,16 +1225,16 @@ void lane_groups(const SpectrumArgs& args, int64_t begin, int64_t end, void* wor
       facts[l] = facts_of(a, args.m, args.n, args.row_stride);
     }
     if (args.gradient) {
-      gradient_group<In>(args, first, facts, at);
-      if (first + W < end) gradient_group<In>(args, first + W, facts + W, at);
+      gradient_group<In>(args, first, end, facts, at);
+      if (first + W < end) gradient_group<In>(args, first + W, end, facts + W, at);
     } else if (args.basis) {
-      basis_group<In>(args, first, facts, at);
-      if (first + W < end) basis_group<In>(args, first + W, facts + W, at);
+      basis_group<In>(args, first, end, facts, at);
+      if (first + W < end) basis_group<In>(args, first + W, end, facts + W, at);
     } else if (sizeof(In) < 8 || args.hermitian) {
       symmetric_group<In>(args, first, end, facts, at);
     } else if constexpr (sizeof(In) == 8) {
-      bidiagonal_group(args, first, facts, at);
-      if (first + W < end) bidiagonal_group(args, first + W, facts + W, at);
+      bidiagonal_group(args, first, end, facts, at);
+      if (first + W < end) bidiagonal_group(args, first + W, end, facts + W, at);
     }
   }
 }

@@ -60,9 +60,10 @@ def measuring(model: nn.Module, inputs: Tensor) -> Iterator[None]:
             raise ValueError(f"autocast must be off on {device}: ranks need the forward pass in full float32")
     _check_dtypes(model, inputs)
     training = [(module, module.training) for module in model.modules()]
+    backends: Any = torch.backends
     products = (
-        *(torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),
-        *(torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),  # type: ignore[attr-defined]
+        *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+        *(backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
     )
     precision = [setting.fp32_precision for setting in products]
     fast_attention = torch.backends.mha.get_fastpath_enabled()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -174,6 +175,7 @@ def perturbed_covariances(
     *,
     perturbations: int = 5000,
     noise: float = 1e-3,
+    coordinates: Tensor | None = None,
     seed: int = 0,
     batch: int = 128,
     memory: int = 1 << 30,
@@ -188,22 +190,29 @@ def perturbed_covariances(
         model: in the context of `measuring`.
         x: [1, ...], the point of evaluation.
         perturbations: N.
-        noise: d, standard deviation of the noise on every coordinate of x.
+        noise: d, standard deviation of the noise.
+        coordinates: int64 [P], indices into the flattened x that the noise is on; default all.
         seed: of the noise, which is the same in every pass.
         batch: perturbations in a forward pass.
         memory: bytes of the features held at once.
         advance: called with the number of perturbations after each forward pass.
     """
     N = perturbations
+    noisy = torch.full_like(x[0], noise)
+    if coordinates is not None:
+        noisy = torch.zeros_like(noisy).flatten().index_fill(0, coordinates, noise).view_as(noisy)
     reference = _flat_features(model, x, layers)
     open_grams: dict[int, PerturbationGram] = {}
     for pieces in passes([layer.width for layer in layers], N, memory, x.element_size()):
         wanted = [layers[piece.layer] for piece in pieces]
         blocks = [x.new_empty(N, piece.stop - piece.start) for piece in pieces]
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         for start in range(0, N, batch):
             stop = min(N, start + batch)
-            g = torch.randn(stop - start, *x.shape[1:], generator=generator, dtype=x.dtype).to(x.device)
+            # Drawn one by one, as randn of several depends on how many.
+            draws = [
+                torch.randn(x.shape[1:], generator=generator, dtype=x.dtype, device="cpu") for _ in range(start, stop)
+            ]
 
             def subtract(index: int, output: Tensor, start: int = start, stop: int = stop) -> None:
                 piece = pieces[index]  # noqa: B023  called before the next pass
@@ -211,12 +220,14 @@ def perturbed_covariances(
                 offset = reference[piece.layer][:, piece.start : piece.stop]
                 torch.sub(part, offset, out=blocks[index][start:stop])  # noqa: B023
 
-            visit_layers(model, x + noise * g, wanted, subtract)
+            visit_layers(model, x + noisy * torch.stack(draws).to(x.device), wanted, subtract)
             advance(stop - start)
         for piece, block in zip(pieces, blocks, strict=True):
             block /= noise
             if layers[piece.layer].width <= N:
-                yield piece.layer, covariance(block, correction=0)
+                X = block.double()
+                X -= X.mean(0)
+                yield piece.layer, X.mT @ X / N
                 continue
             open_grams.setdefault(piece.layer, PerturbationGram(N, x.device)).update(block)
             if piece.stop == layers[piece.layer].width:
@@ -336,15 +347,7 @@ def head_and_features(
     candidates = list(linears.values()) if head is None else [head]
     features: list[Tensor] = []
     for batch in batches:
-        seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
-        handles = [
-            module.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out))) for module in candidates
-        ]
-        try:
-            output = model(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        output, seen = _calls(model, batch, candidates)
         last = next(((m, e) for m, e, out in reversed(seen) if head is not None or out is output), None)
         if last is None:
             raise ValueError("head was not found: no nn.Linear gives the network's output as it is; give head")
@@ -356,6 +359,18 @@ def head_and_features(
     if head is None:
         raise ValueError("inputs must hold at least one batch to find the head")
     return head, torch.cat(features)
+
+
+def _calls(
+    model: nn.Module, batch: Tensor, linears: Sequence[nn.Linear]
+) -> tuple[Tensor, list[tuple[nn.Linear, Tensor, Tensor]]]:
+    """The network's output, and of every call of `linears` the module, its input and its output."""
+    seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
+    with ExitStack() as stack:
+        for module in linears:
+            hook = module.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out)))
+            stack.callback(hook.remove)
+        return model(batch), seen
 
 
 def _checked_head(features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None) -> tuple[int, int]:

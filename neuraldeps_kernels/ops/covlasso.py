@@ -37,6 +37,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 _CHUNK = 1 << 24  # padded coefficients held at once
 _FULL_SUPPORT = 4096  # predictors up to which every support finds room at once
 _FIRST_SUPPORT = 1024  # coefficients a problem may have at first, beyond that many predictors
+_WORTH_A_PROBE = 1 << 18  # padded coefficients of a path from which room for all of them costs more than a few solves
 
 __all__ = [
     "STATUS_NAMES",
@@ -252,7 +253,7 @@ def covlasso_top_k(
         return solved
 
     with torch.no_grad():
-        parts = _solve_in_chunks(problem, 1, limits.max_pivots, follow, full=k)
+        parts = _solve_in_chunks(problem, 1, limits.max_pivots, follow, k, full=k)
         lams = torch.cat(found) if found else problem.cov.new_empty(0, dtype=torch.float64)
         solution = _solution(problem, lams, parts)
     if not (torch.is_grad_enabled() and problem.requires_grad()):
@@ -586,7 +587,22 @@ def _solved(problem: _Problem, lams: Tensor, limits: _Limits, warm_start: CovLas
         return problem.solve(rows, lams[rows], limits, capacity, of_rows)
 
     per_target = lams.shape[1] if lams.dim() == 2 else 1
-    return _solution(problem, lams, _solve_in_chunks(problem, per_target, limits.max_pivots, solve))
+    capacity = _first_capacity(problem, lams, limits)
+    return _solution(problem, lams, _solve_in_chunks(problem, per_target, limits.max_pivots, solve, capacity))
+
+
+def _first_capacity(problem: _Problem, lams: Tensor, limits: _Limits) -> int:
+    """Coefficients a problem may have at first; a support that needs more is solved again."""
+    full = problem.max_support
+    if problem.n > _FULL_SUPPORT:
+        return min(full, _FIRST_SUPPORT)
+    if lams.dim() == 1 or lams.numel() * full < _WORTH_A_PROBE:
+        return full
+    # Zeros of a path cost memory traffic: room for what some targets need at its end, and half as much again.
+    rows = torch.linspace(0, len(lams) - 1, min(8, len(lams)), device=lams.device).long()
+    with torch.no_grad():
+        count = problem.solve(rows, lams[rows, -1], limits, full, None)[2]
+    return min(full, int(1.5 * float(count.max())) + 16)
 
 
 @dataclass(frozen=True)
@@ -600,12 +616,13 @@ class _Part:
     info: Tensor  # [R * L, 6]
 
 
-def _solve_in_chunks(problem: _Problem, num_lams: int, max_pivots: int, solve: Solve, full: int = 0) -> list[_Part]:
-    """Solutions of all targets, in chunks that bound the memory. A support finds `full` places, default as many as it
-    can need; of those, where n is large, fewer at first: what they do not hold is solved again.
+def _solve_in_chunks(
+    problem: _Problem, num_lams: int, max_pivots: int, solve: Solve, capacity: int, full: int | None = None
+) -> list[_Part]:
+    """Solutions of all targets, in chunks that bound the memory. Supports find `capacity` places at first; targets
+    whose supports need more, up to `full` (default: all that can be), are solved again.
     """
-    capacity = full or (problem.max_support if problem.n <= _FULL_SUPPORT else _FIRST_SUPPORT)
-    full = full or problem.max_support
+    full = problem.max_support if full is None else full
     rows = torch.arange(len(problem.targets), device=problem.cov.device)
     parts: list[_Part] = []
     while len(rows):
@@ -617,8 +634,9 @@ def _solve_in_chunks(problem: _Problem, num_lams: int, max_pivots: int, solve: S
             if capacity < full:
                 status, pivots = info[..., INFO_FIELDS.index("status")], info[..., INFO_FIELDS.index("n_pivots")]
                 cut = ((status == 1) & (pivots < max_pivots)).view(len(some), -1).any(1)
-                overflowed.append(some[cut])
-                some, value, index, count, info = some[~cut], value[~cut], index[~cut], count[~cut], info[~cut]
+                if bool(cut.any()):
+                    overflowed.append(some[cut])
+                    some, value, index, count, info = (x[~cut] for x in (some, value, index, count, info))
             parts.append(_compact(some, value, index, count, info))
         rows = torch.cat(overflowed) if overflowed else rows[:0]
         capacity = min(full, 4 * capacity)

@@ -60,7 +60,12 @@ def svdvals(a: Tensor, *, check: bool = False) -> Tensor:
     Source: our choice of method, csrc/cpu/spectrum.cpp.
     """
     _check_matrices(a, check)
-    return _as_batch(_Svdvals.apply(_flat(a)), a)  # type: ignore[no-untyped-call]
+    flat = _flat(a)
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(flat):
+        return _as_batch(_Svdvals.apply(flat), a)  # type: ignore[no-untyped-call]
+    if flat.requires_grad and torch.is_grad_enabled() and not _gradient_by_kernel(flat):
+        return _as_batch(_SvdvalsByLapack.apply(flat), a)  # type: ignore[no-untyped-call]
+    return _as_batch(torch.ops.neuraldeps.svdvals(flat), a)
 
 
 @annotated
@@ -215,7 +220,7 @@ def _checked_rtol(rtol: float | Tensor) -> Tensor:
         return rtol.detach().to(device="cpu", dtype=torch.float64)
     if not rtol >= 0:
         raise ValueError(f"rtol must be a number that is not negative, not {rtol}")
-    return torch.tensor(rtol, dtype=torch.float64)
+    return torch.tensor(rtol, dtype=torch.float64, device="cpu")
 
 
 def _default_rtol(a: Tensor, atol: float, rule: str, hermitian: bool) -> float:
@@ -251,6 +256,11 @@ def _by_kernel(a: Tensor) -> bool:
     shortest = min(a.shape[1:])
     longest = _LONGEST_BASIS if a.shape[0] >= _FEW else _LONGEST_BASIS_OF_FEW
     return a.dtype != torch.float64 and a.device.type == "cpu" and shortest <= longest
+
+
+def _gradient_by_kernel(a: Tensor) -> bool:
+    """Whether our kernel serves the gradient of the values of a [B, m, n]."""
+    return _by_kernel(a) and max(a.shape[1:]) <= _LONGEST_SIDE
 
 
 def _tall(a: Tensor) -> Tensor:
@@ -319,7 +329,7 @@ def _svdvals_backward(grad: Tensor, a: Tensor) -> Tensor:
     """U diag(grad) V' [B, m, n] from grad [B, k]; vanishing values give nothing."""
     if a.numel() == 0:
         return torch.zeros_like(a, memory_format=torch.contiguous_format)
-    if not _by_kernel(a) or max(a.shape[1:]) > _LONGEST_SIDE:
+    if not _gradient_by_kernel(a):
         finite, wrong = _finite_matrices(a)
         return torch.where(wrong, torch.nan, _gradient_by_svd(grad, finite)).to(a.dtype).contiguous()
     gradient, unresolved = torch.ops.neuraldeps.svdvals_gradient(grad.float(), a)
@@ -330,8 +340,12 @@ def _svdvals_backward(grad: Tensor, a: Tensor) -> Tensor:
 
 
 def _gradient_by_svd(grad: Tensor, a: Tensor) -> Tensor:
-    u, s, vh = torch.linalg.svd(a.to(_value_dtype(a)), full_matrices=False)
-    product: Tensor = (u * torch.where(s > 0, grad.to(s.dtype), 0.0)[:, None, :]) @ vh
+    return _weighted_terms(grad, *torch.linalg.svd(a.to(_value_dtype(a)), full_matrices=False))
+
+
+def _weighted_terms(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
+    """sum_i weight_i u_i v_i' over the values that do not vanish."""
+    product: Tensor = (u * torch.where(s > 0, weight.to(s.dtype), 0.0)[:, None, :]) @ vh
     return product
 
 
@@ -415,6 +429,25 @@ class _Svdvals(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return _fold_batch(_Svdvals.apply, 1, info, in_dims, args)
+
+
+class _SvdvalsByLapack(torch.autograd.Function):
+    """Values with the vectors for their gradient from one decomposition."""
+
+    @staticmethod
+    @_without_autocast
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        finite, wrong = _finite_matrices(a)
+        u, s, vh = torch.linalg.svd(finite.to(_value_dtype(a)), full_matrices=False)
+        ctx.save_for_backward(u, s, vh, wrong)
+        ctx.dtype = a.dtype
+        return torch.where(wrong[..., 0], torch.nan, s)
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        u, s, vh, wrong = ctx.saved_tensors
+        return torch.where(wrong, torch.nan, _weighted_terms(grad, u, s, vh)).to(ctx.dtype)
 
 
 class _LowRankProject(torch.autograd.Function):

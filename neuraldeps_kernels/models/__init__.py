@@ -1,0 +1,1 @@
+"""Networks defined in the package."""
