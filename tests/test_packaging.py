@@ -316,7 +316,7 @@ class TestInfo:
         assert facts["cpu"]["active"] in cpu_levels
         assert facts["torch"]["version"] == torch.__version__
         assert len(facts["torch"]["devices"]) == torch.cuda.device_count()
-        assert set(facts["kernels"]) == {"covariance", "covlasso"}
+        assert set(facts["kernels"]) == {"covariance", "covlasso", "spectrum"}
         library = OPS_LIBRARY.with_name("libneuraldeps_cuda.so")
         assert (facts["build"]["cuda"] is not None) == library.is_file()
         assert (facts["cuda"]["library_error"] is None) == library.is_file()
