@@ -288,7 +288,8 @@ CsrRows<T> solve(const Problem<T>& problem, const double* lam, double tol, int64
   const int64_t n = problem.n, capacity = std::max<int64_t>(n - 1, 1);
   const int64_t chunk = std::min(problem.num_targets, std::max<int64_t>(64, kPaddedValues / n));
   const auto packed = aligned_memory<T>(n * leading_dimension(n, sizeof(T)));
-  const double scale = nd::cpu::pack_covariances<T>({problem.cov, 1, n, 0, problem.stride}, 0, packed.get(), parallel);
+  const auto [scale, variance_bound] =
+      nd::cpu::pack_covariances<T>({problem.cov, 1, n, 0, problem.stride}, 0, packed.get(), parallel);
   const auto index = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(chunk * capacity));
   const auto value = std::make_unique_for_overwrite<T[]>(static_cast<size_t>(chunk * capacity));
   const auto count = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(chunk));
@@ -303,6 +304,7 @@ CsrRows<T> solve(const Problem<T>& problem, const double* lam, double tol, int64
     args.n = n;
     args.ld = leading_dimension(n, sizeof(T));
     args.variance = variance.data();
+    args.variance_bound = variance_bound;
     args.targets = problem.targets + first;
     args.lam = lam + first;
     args.num_lams = 1;

@@ -183,8 +183,10 @@ Packed<T> pack(const Covariance& c, double ridge) {
   Packed<T> packed = {cov, cov, cov, 1, nd::cpu::bound_in_place(covs, ridge, parallel)};
   if (!packed.variance_bound) {
     packed.cov = nd::empty({count, n, ld}, cov.scalar_type(), cov);
-    packed.scale = nd::cpu::pack_covariances(covs, ridge, static_cast<T*>(packed.cov.mutable_data_ptr()), parallel);
-    packed.variance_bound = 2;
+    const auto [scale, variance_bound] =
+        nd::cpu::pack_covariances(covs, ridge, static_cast<T*>(packed.cov.mutable_data_ptr()), parallel);
+    packed.scale = scale;
+    packed.variance_bound = variance_bound;
   }
   if (!c.cross) {  // the diagonal, as the ridge may drown it in the packed one
     packed.variance = nd::empty({n}, ScalarType::Double, cov);

@@ -85,9 +85,13 @@ inline double scale_for(double top) {
   return std::ldexp(1.0, -(exponent + (exponent & 1)));
 }
 
-// A power of two above every variance if the kernels can read the matrices where they are, else 0. They can where rows
-// are an odd number of whole 64-byte lines, aligned and without padding, the matrices exactly symmetric and finite, no
-// ridge is to be added, and no variance is near the ends of the range of T.
+// What no variance exceeds: the largest one, or where several matrices share a scale a power of two, so that the result
+// of one does not depend on the others.
+inline double variance_bound(double top, int64_t matrices) { return matrices == 1 ? top : 2 / scale_for(top); }
+
+// The bound of the variances if the kernels can read the matrices where they are, else 0. They can where rows are an
+// odd number of whole 64-byte lines, aligned and without padding, the matrices exactly symmetric and finite, no ridge
+// is to be added, and no variance is near the ends of the range of T.
 template <class T, class Parallel>
 double bound_in_place(const Covariances<T>& covs, double ridge, const Parallel& parallel) {
   constexpr double kFar = 1e12;
@@ -105,13 +109,18 @@ double bound_in_place(const Covariances<T>& covs, double ridge, const Parallel& 
     for (const CovlassoPackFacts& fact : facts)
       if (!fact.finite || fact.asymmetry != 0) return 0;
   }
-  return top > 1 / kFar && top < kFar ? 2 / scale_for(top) : 0;
+  return top > 1 / kFar && top < kFar ? variance_bound(top, covs.count) : 0;
 }
 
+// What packing multiplied the matrices by, and the bound of their diagonal entries after it.
+struct Scaling {
+  double scale, variance_bound;
+};
+
 // Packs every matrix into `packed` [count, n, leading_dimension(n)], aligned to 64 bytes, with `ridge` on the diagonal.
-// Returns the power of four they were all multiplied by, see scale_for.
+// They are all multiplied by the power of four of scale_for.
 template <class T, class Parallel>
-double pack_covariances(const Covariances<T>& covs, double ridge, T* packed, const Parallel& parallel) {
+Scaling pack_covariances(const Covariances<T>& covs, double ridge, T* packed, const Parallel& parallel) {
   const int64_t n = covs.n, groups = (n + kCovlassoTile - 1) / kCovlassoTile, ld = leading_dimension(n, sizeof(T));
   double top = 0;
   for (int64_t m = 0; m < covs.count; m++)
@@ -137,7 +146,7 @@ double pack_covariances(const Covariances<T>& covs, double ridge, T* packed, con
   if (asymmetry > 2 * kAsymmetryAllowed)  // the largest variance is below 2 after scaling
     invalid("cov is not symmetric: entries differ by up to " + std::to_string(asymmetry / scale) +
             " from their mirror image");
-  return scale;
+  return {scale, top + ridge > 0 ? variance_bound((top + ridge) * scale, covs.count) : 1.0};
 }
 
 // Packs covariances of targets with categories [rows, n], rows `stride` apart, into [rows, leading_dimension(n)].
