@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -231,11 +231,19 @@ def peer_contender(
         return Missing(peer.name, tolerance)
     sample = [problem_of(cov, ratio, target) for target in spread(order, sample_size(peer, pilots, tolerance, budget))]
 
+    return timed_peer(peer, sample, tolerance, goal)
+
+
+def timed_peer(
+    peer: rivals.Peer, sample: Sequence[rivals.Problem | rivals.PathProblem], tolerance: float, goal: float | None
+) -> Contender:
+    """The peer on all problems of the sample, one after the other."""
+
     def run() -> list[np.ndarray]:
         return [peer.solve(problem, tolerance) for problem in sample]
 
-    def error(solutions: list[np.ndarray]) -> float:
-        return max(problem.violation(w) for problem, w in zip(sample, solutions, strict=True))
+    def error(found: list[np.ndarray]) -> float:
+        return max(problem.violation(w) for problem, w in zip(sample, found, strict=True))
 
     note = f"{len(sample)} targets, violation {peer.accuracy:.0e}" + (f", tol {tolerance:.0e}" if tolerance < 1 else "")
     return Contender(peer.name, run, len(sample), error, PEER_SLACK * peer.accuracy, goal, note)

@@ -16,7 +16,15 @@ from torch import Tensor
 
 import neuraldeps_kernels as nk
 from benchmarks import peers_covlasso as rivals
-from benchmarks.bench_covlasso import MAX_PIVOTS, PEER_SLACK, largest_violation, lite0, problem_of, spread, synthetic
+from benchmarks.bench_covlasso import (
+    MAX_PIVOTS,
+    largest_violation,
+    lite0,
+    problem_of,
+    spread,
+    synthetic,
+    timed_peer,
+)
 from benchmarks.harness import Budget, Case, Contender, Missing, Recipe
 
 PILOTS = 2  # targets on which a peer's tolerance is chosen
@@ -118,14 +126,7 @@ def path_peer(
     each = (time.perf_counter() - start) / PILOTS
     sample = [problem(t) for t in spread(order, max(PILOTS, min(MOST_TARGETS, int(budget.case_seconds / each))))]
 
-    def run() -> list[np.ndarray]:
-        return [peer.solve(path, tolerance) for path in sample]
-
-    def error(paths: list[np.ndarray]) -> float:
-        return max(path.violation(found) for path, found in zip(sample, paths, strict=True))
-
-    note = f"{len(sample)} targets, violation {peer.accuracy:.0e}" + (f", tol {tolerance:.0e}" if tolerance < 1 else "")
-    return Contender(peer.name, run, len(sample), error, PEER_SLACK * peer.accuracy, goal, note)
+    return timed_peer(peer, sample, tolerance, goal)
 
 
 def threads_case(cov: Tensor, n_lambdas: int, lam_min_ratio: float, threads: int) -> Case:

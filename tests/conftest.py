@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def emulated() -> Path:
     """Library of all csrc/cuda/*.cu compiled for the CPU: the C interface of cuda_api.h on host memory."""
     return emulation.build_library(emulation.CUDA_SOURCES)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For oracles of many small operations, which a second thread only slows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -32,13 +32,7 @@ F32, F64 = torch.float32, torch.float64
 TOLERANCE = {F32: 1e-6, F64: 1e-12}  # reachable KKT violation, relative to lambda_max / 2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The oracles are many small operations, which a second thread only slows."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def everyone(S: Tensor) -> Tensor:

@@ -25,13 +25,7 @@ CONVERGED, CAPPED, TOO_FEW = 0, 1, 4
 FIELDS = ("lambda_max", "err2", "relative_error", "duality_gap", "lam")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Many small operations, which a second thread only slows."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def features(d: int, seed: int, samples: int = 400) -> Tensor:

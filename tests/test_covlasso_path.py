@@ -33,13 +33,7 @@ TOLERANCE = {F32: 1e-6, F64: 1e-12}  # reachable KKT violation, relative to lamb
 Covariance = Tensor | nk.CrossCovariance
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The oracles are many small operations, which a second thread only slows."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def everyone(S: Tensor) -> Tensor:

@@ -693,12 +693,27 @@ class Solver {
     return max_magnitude<T>(defect_, k_);
   }
 
+  // scratch = inv(R') right on A; `right` is filled up with zeros to whole blocks.
+  void forward(T* right) {
+    const int blocks = blocks_of(k_, W);
+    for (int e = k_; e < blocks * W; e++) right[e] = 0;
+    for (int b = 0; b < blocks; b++) factor_.forward(b, right, scratch_);
+  }
+
+  // The pivot that column j would have after A, negative for an indefinite S; leaves inv(R') S_Aj in scratch.
+  double pivot_of(int j) {
+    const T* column = view_.row(j);
+    for (int e = 0; e < k_; e++) scratch2_[e] = column[active_[e]];
+    forward(scratch2_);
+    double pivot = column[j];
+    for (int e = 0; e < k_; e++) pivot -= static_cast<double>(scratch_[e]) * scratch_[e];
+    return pivot;
+  }
+
   // w += inv(S_AA) defect.
   void refine() {
-    const int blocks = blocks_of(k_, W);
-    for (int e = k_; e < blocks * W; e++) defect_[e] = 0;
-    for (int b = 0; b < blocks; b++) factor_.forward(b, defect_, scratch_);
-    factor_.back(blocks, scratch_, scratch2_);
+    forward(defect_);
+    factor_.back(blocks_of(k_, W), scratch_, scratch2_);
     for (int e = 0; e < k_; e++) w_[e] += scratch2_[e];
   }
 
@@ -754,16 +769,12 @@ class Solver {
   // makes room. Returns the first changed block, -1 if none ever does, be it by rounding or because S is not
   // positive semidefinite.
   int enter(int j) {
-    const T *column = view_.row(j), variance = column[j], direction = g_[j] > 0 ? T(-1) : T(1);
-    const int blocks = blocks_of(k_, W);
-    double pivot = variance;
-    for (int e = 0; e < blocks * W; e++) scratch2_[e] = e < k_ ? column[active_[e]] : T(0);
-    for (int b = 0; b < blocks; b++) factor_.forward(b, scratch2_, scratch_);
-    for (int e = 0; e < k_; e++) pivot -= static_cast<double>(scratch_[e]) * scratch_[e];
+    const T variance = view_.row(j)[j], direction = g_[j] > 0 ? T(-1) : T(1);
+    const double pivot = pivot_of(j);
     int first = k_ / W;
     anchor_[k_] = 0;
     if (!(pivot > kDependent<T> * variance)) {
-      factor_.back(blocks, scratch_, scratch2_);
+      factor_.back(blocks_of(k_, W), scratch_, scratch2_);
       semidefinite_ = variance > 0 && pivot > -kNegativePivot<T> * variance;
       const int leaving = semidefinite_ ? first_to_vanish(direction) : -1;
       if (leaving < 0) return -1;
@@ -912,13 +923,7 @@ class Solver {
   // Column j enters at the bound, with coefficient zero; a combination of the active columns is barred instead, until
   // one of them leaves.
   void join(int j) {
-    const T variance = view_.row(j)[j];
-    double pivot = variance;
-    const int blocks = blocks_of(k_, W);
-    for (int e = 0; e < blocks * W; e++) scratch2_[e] = e < k_ ? view_.row(j)[active_[e]] : T(0);
-    for (int b = 0; b < blocks; b++) factor_.forward(b, scratch2_, scratch_);
-    for (int e = 0; e < k_; e++) pivot -= static_cast<double>(scratch_[e]) * scratch_[e];
-    if (!(pivot > kDependent<T> * variance)) {
+    if (!(pivot_of(j) > kDependent<T> * view_.row(j)[j])) {
       barred_[j] = 1;
       return;
     }
@@ -930,10 +935,9 @@ class Solver {
 
   // On the present active set w + t step and g + t slope as a falls by t.
   Event next_event(int left) {
-    const int blocks = blocks_of(k_, W);
-    for (int e = 0; e < blocks * W; e++) scratch2_[e] = e < k_ ? pull_[e] / a_ : T(0);
-    for (int b = 0; b < blocks; b++) factor_.forward(b, scratch2_, scratch_);
-    factor_.back(blocks, scratch_, anchor_);
+    for (int e = 0; e < k_; e++) scratch2_[e] = pull_[e] / a_;
+    forward(scratch2_);
+    factor_.back(blocks_of(k_, W), scratch_, anchor_);
     combine_rows<T>(slope_, zeros_, [&](int e) { return view_.row(active_[e]); }, anchor_, k_, view_.length);
     Event event = {a_ * (1 - kShortest<T>), -1, -1};
     for (int e = 0; e < k_; e++) {

@@ -17,31 +17,16 @@
 #include "neuraldeps/cpu_api.h"
 #include "neuraldeps/moments_problem.hpp"
 #include "neuraldeps/nvtx.hpp"
+#include "tensors.hpp"
 
 namespace {
 
+using nd::invalid;
 using nd::cpu::Dtype;
 using nd::cpu::MomentsArgs;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-[[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::BFloat16:
-      return Dtype::kBfloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      invalid("x must be float32, float64, bfloat16 or float16");
-  }
-}
 
 void check_weights(const Tensor& weights, const Tensor& x) {
   if (weights.dim() != 2 || weights.size(0) != x.size(0) || weights.size(1) != x.size(1) ||
@@ -54,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> centered_moments_cpu(Tensor x, OptionalTensor
   ND_RANGE("centered_moments");
   using torch::stable::new_empty;
   if (x.dim() != 3 || x.size(2) == 0) invalid("x must be [B, N, n] with n >= 1");
-  const Dtype dtype = dtype_of(x);
+  const Dtype dtype = nd::dtype_of("x", x);
   const int64_t batch = x.size(0), rows = x.size(1), n = x.size(2);
   if (x.stride(2) != 1 || x.stride(1) < n) x = torch::stable::contiguous(x);
   if (weights) {

@@ -46,12 +46,14 @@ std::string shape_of(const Tensor& x) {
 }
 
 // The covariances of a call: S [n, n], or [T, n, n] with one matrix a target, and covariances of the targets with its
-// categories: rows of S, or of cross [m, n], whose variances [m] come along.
+// categories: rows of S, or of cross [m, n], whose variances [m] come along. In the layout of the kernels rows of S and
+// of cross are longer than n.
 struct Covariance {
   Tensor cov;
   OptionalTensor cross, variance;
 
-  int64_t n() const { return cov.size(-1); }
+  int64_t n() const { return cov.size(-2); }
+  int64_t columns() const { return cov.size(-1); }
   int64_t rows() const { return cross ? cross->size(0) : cov.size(-2); }
   bool batched() const { return cov.dim() == 3; }
   bool single() const { return cov.scalar_type() == ScalarType::Float; }
@@ -75,10 +77,13 @@ void check_same(const char* name, const Tensor& x, const Tensor& cov, ScalarType
   if (x.device() != cov.device()) invalid(std::string(name) + " and cov must be on one device");
 }
 
+void check_square(const Covariance& c) {
+  const bool square = (c.cov.dim() == 2 || c.cov.dim() == 3) && c.n() == c.columns();
+  if (!square) invalid("cov must be a square matrix [n, n] or matrices [T, n, n], not " + shape_of(c.cov));
+}
+
 void check_covariance(const Covariance& c, int64_t num_targets) {
   const Tensor& cov = c.cov;
-  const bool square = (cov.dim() == 2 || cov.dim() == 3) && cov.size(-1) == cov.size(-2);
-  if (!square) invalid("cov must be a square matrix [n, n] or matrices [T, n, n], not " + shape_of(cov));
   if (c.n() > INT32_MAX - 1024)
     invalid("cov has " + std::to_string(c.n()) + " rows; at most 2^31 - 1025 are supported");
   if (cov.scalar_type() != ScalarType::Float && cov.scalar_type() != ScalarType::Double)
@@ -90,8 +95,8 @@ void check_covariance(const Covariance& c, int64_t num_targets) {
   if (!c.cross) return;
   check_same("cross", *c.cross, cov, cov.scalar_type(), "of the dtype of cov");
   check_same("variance", *c.variance, cov, ScalarType::Double, "float64");
-  if (c.cross->dim() != 2 || c.cross->size(1) != c.n())
-    invalid("cross must be [m, " + std::to_string(c.n()) + "], not " + shape_of(*c.cross));
+  if (c.cross->dim() != 2 || c.cross->size(1) != c.columns())
+    invalid("cross must be [m, " + std::to_string(c.columns()) + "], not " + shape_of(*c.cross));
   if (c.variance->dim() != 1 || c.variance->size(0) != c.cross->size(0))
     invalid("variance must be [" + std::to_string(c.cross->size(0)) + "], not " + shape_of(*c.variance));
 }
@@ -260,6 +265,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> covlasso_cpu(Tensor cov, Tensor targe
   const Covariance c = {cov, cross, variance};
   const Options options = {dense(penalty), tol, max_pivots, capacity, nonnegative, ridge};
   const Start start = {dense(start_value), dense(start_index), dense(start_count)};
+  check_square(c);
   check_problem(c, targets, options.penalty);
   check_lam(lam, targets);
   check_options(options);
@@ -284,6 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> covlasso_top_k_cpu(Tensor cov
   ND_RANGE("covlasso_top_k");
   const Covariance c = {cov, cross, variance};
   const Options options = {dense(penalty), tol, max_pivots, k, nonnegative, ridge};
+  check_square(c);
   check_problem(c, targets, options.penalty);
   check_options(options);
   check_top_k(c, k, position);
@@ -329,6 +336,7 @@ Tensor lambda_max_cpu(Tensor cov, Tensor targets, OptionalTensor penalty, Option
   OptionalTensor variance;
   if (cross) variance = nd::empty({cross->size(0)}, ScalarType::Double, *cross);
   const Covariance c = {cov, cross, variance};
+  check_square(c);
   check_problem(c, targets, penalty);
   targets = dense(targets);
   nd::cpu::check_targets(static_cast<const int64_t*>(targets.const_data_ptr()), targets.size(0), c.rows());
@@ -345,12 +353,11 @@ Tensor lambda_max_cpu(Tensor cov, Tensor targets, OptionalTensor penalty, Option
 
 NdCovlassoArgs device_arguments(const Covariance& c, const Tensor& scale, const Tensor& targets, const Options& options,
                                 Solution& solution) {
-  const bool batched = c.cov.dim() == 3;
   NdCovlassoArgs args = {};
   args.cov = c.cov.const_data_ptr();
-  args.n = c.cov.size(-2);
-  args.ld = c.cov.size(-1);
-  args.cov_stride = batched ? args.n * args.ld : 0;
+  args.n = c.n();
+  args.ld = c.columns();
+  args.cov_stride = c.batched() ? args.n * args.ld : 0;
   args.cross = c.cross ? c.cross->const_data_ptr() : nullptr;
   args.variance = data_of<double>(c.variance);
   args.targets = static_cast<const int64_t*>(targets.const_data_ptr());
@@ -386,6 +393,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> covlasso_packed_cuda(Tensor cov, Tens
   const Covariance c = {cov, cross, dense(variance)};
   const Options options = {dense(penalty), tol, max_pivots, capacity, nonnegative, ridge};
   const Start start = {dense(start_value), dense(start_index), dense(start_count)};
+  check_problem(c, targets, options.penalty);
   check_lam(lam, targets);
   check_options(options);
   check_start(start, c, targets.size(0));
@@ -414,6 +422,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> covlasso_top_k_packed_cuda(
   const torch::stable::accelerator::DeviceGuard guard(cov.get_device_index());
   const Covariance c = {cov, cross, dense(variance)};
   const Options options = {dense(penalty), tol, max_pivots, k, nonnegative, ridge};
+  check_problem(c, targets, options.penalty);
   check_options(options);
   check_top_k(c, k, position);
   targets = dense(targets);

@@ -30,6 +30,7 @@
 
 namespace {
 
+using nd::invalid;
 using nd::cpu::Dtype;
 using nd::cpu::SpectrumArgs;
 using torch::headeronly::ScalarType;
@@ -42,28 +43,11 @@ constexpr int64_t kFullLanes = 4;             // smaller batches leave most lane
 constexpr int64_t kShortWithEmptyLanes = 64;  // which matters beyond this short side
 constexpr int64_t kSerialWork = 1 << 18;      // multiply-adds that are not worth a second thread
 
-[[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
-
-Dtype dtype_of(const Tensor& a) {
-  switch (a.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::BFloat16:
-      return Dtype::kBfloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      invalid("a must be float32, float64, bfloat16 or float16");
-  }
-}
-
 // Arguments of the matrices `a` [B, m, n], which may be replaced by a copy with contiguous rows.
 SpectrumArgs problem(Tensor& a, bool hermitian) {
   if (a.dim() != 3) invalid("a must be [B, m, n]");
   if (hermitian && a.size(1) != a.size(2)) invalid("a must be square if hermitian");
-  const Dtype dtype = dtype_of(a);
+  const Dtype dtype = nd::dtype_of("a", a);
   // A transposed view has the same singular values.
   if (a.stride(2) != 1 && a.stride(1) == 1 && !hermitian) a = torch::stable::transpose(a, 1, 2);
   if (a.stride(2) != 1) a = torch::stable::contiguous(a);

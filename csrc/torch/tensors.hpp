@@ -10,8 +10,29 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
+
+#include "neuraldeps/cpu_api.h"
+#include "neuraldeps/invalid.hpp"
 
 namespace nd {
+
+// The kernels' name of the dtype of argument `name`.
+inline cpu::Dtype dtype_of(const char* name, const torch::stable::Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return cpu::Dtype::kFloat32;
+    case ScalarType::Double:
+      return cpu::Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return cpu::Dtype::kBfloat16;
+    case ScalarType::Half:
+      return cpu::Dtype::kFloat16;
+    default:
+      invalid(std::string(name) + " must be float32, float64, bfloat16 or float16");
+  }
+}
 
 // Uninitialised contiguous tensor [sizes...] of `dtype` on the device of `like`.
 template <size_t NumDims>

@@ -350,18 +350,11 @@ class _Problem:
         return self.variances().repeat_interleave(lams) - 2 * (c * theta).sum(1).double() + own
 
 
+@dataclass(frozen=True)
 class _FactoredProblem(_Problem):
     """A `_Problem` solved in float64, whose cov is a stand-in of the right shape and device, and of no memory."""
 
     problems: FactoredProblems
-
-    @classmethod
-    def of(
-        cls, cov: FactoredCovariance, targets: Tensor, penalty: Tensor | None, nonnegative: bool, ridge: float
-    ) -> _FactoredProblem:
-        problem = cls(_stand_in(cov), None, None, targets, penalty, nonnegative, ridge)
-        object.__setattr__(problem, "problems", FactoredProblems(cov, targets, penalty, nonnegative, ridge))
-        return problem
 
     def lambda_max(self) -> Tensor:
         return self.problems.lambda_max()
@@ -374,10 +367,6 @@ class _FactoredProblem(_Problem):
 
     def top_k(self, rows: Tensor, k: int, limits: _Limits, position: float) -> tuple[Solved, Tensor]:
         return self.problems.take(rows).top_k(k, limits.tol, limits.max_pivots, position)
-
-
-def _stand_in(cov: FactoredCovariance) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device=cov.device).expand(cov.shape)
 
 
 # ------------------------------------------------------------------------------------------------ argument checks
@@ -394,10 +383,10 @@ def _checked_problem(
     cross = variance = None
     excluded = False
     if isinstance(cov, FactoredCovariance):
-        matrix = _stand_in(cov)
+        matrix = torch.zeros((), dtype=torch.float64, device=cov.device).expand(cov.shape)
     elif isinstance(cov, CrossCovariance):
-        matrix, cross, excluded = _checked_covariance(cov.cov), cov.cross.to(cov.cov.dtype), cov.exclude_same
-        cross, variance = cross.to(matrix.dtype), cov.variance.double()
+        matrix, excluded = _checked_covariance(cov.cov), cov.exclude_same
+        cross, variance = cov.cross.to(matrix.dtype), cov.variance.double()
     else:
         matrix = _checked_covariance(cov)
     _check_number("ridge", ridge)
@@ -409,9 +398,10 @@ def _checked_problem(
         ones = matrix.new_ones(()) if penalty is None else penalty
         same = indices[:, None] == torch.arange(matrix.shape[1], device=matrix.device)
         penalty = torch.where(same, torch.inf, ones)
+    asked = (indices, penalty, bool(nonnegative), float(ridge))
     if isinstance(cov, FactoredCovariance):
-        return _FactoredProblem.of(cov, indices, penalty, bool(nonnegative), float(ridge))
-    return _Problem(matrix, cross, variance, indices, penalty, bool(nonnegative), float(ridge))
+        return _FactoredProblem(matrix, None, None, *asked, FactoredProblems(cov, *asked))
+    return _Problem(matrix, cross, variance, *asked)
 
 
 def _checked_limits(problem: _Problem, tol: float, max_pivots: int | None) -> _Limits:

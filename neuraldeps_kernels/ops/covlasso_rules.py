@@ -241,15 +241,17 @@ def _padded(rows: Tensor, scale: Tensor | float) -> Tensor:
     return padded
 
 
-def _packed(cov: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Symmetrised, scaled by a power of four that brings the largest variance near one, the ridge on the diagonal;
-    and that scale, float64 on the device.
+def _packed(cov: Tensor, cross: Tensor | None, ridge: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """cov symmetrised, scaled by a power of four that brings the largest variance near one, the ridge on the diagonal;
+    that scale, float64 on the device; cross scaled by it.
     """
+    if cov.dim() not in (2, 3) or cov.shape[-1] != cov.shape[-2]:
+        raise ValueError(f"cov must be a square matrix [n, n] or matrices [T, n, n], not {list(cov.shape)}")
     top = cov.diagonal(dim1=-2, dim2=-1).amax().double() + ridge
     scale = torch.where(top > 0, torch.exp2(-2 * torch.floor(torch.log2(top) / 2)), 1.0)
     packed = _padded(cov + cov.mT, (scale / 2).to(cov.dtype))
     packed.diagonal(dim1=-2, dim2=-1).add_((ridge * scale).to(cov.dtype))
-    return packed, scale
+    return packed, scale, None if cross is None else _padded(cross, scale.to(cross.dtype))
 
 
 def _library_missing(what: str) -> bool:
@@ -276,9 +278,9 @@ def _covlasso_on_cuda(
     **named_start: Tensor | None,
 ) -> Solved:
     if _library_missing("covlasso"):
-        return _solve_by_reference(cov, targets, lam, penalty, tol, capacity, cross, variance, nonnegative, ridge)
-    packed, scale = _packed(cov, ridge)
-    rows = None if cross is None else _padded(cross, scale.to(cross.dtype))
+        options = {"cross": cross, "variance": variance, "nonnegative": nonnegative, "ridge": ridge}
+        return _solve_by_reference(cov, targets, lam, penalty, tol, capacity, **options)
+    packed, scale, rows = _packed(cov, cross, ridge)
     return torch.ops.neuraldeps.covlasso_packed(  # type: ignore[no-any-return]
         packed,
         scale,
@@ -312,9 +314,9 @@ def _top_k_on_cuda(
     ridge: float = 0.0,
 ) -> tuple[Tensor, ...]:
     if _library_missing("covlasso_top_k"):
-        return _top_k_by_reference(cov, targets, k, penalty, tol, position, cross, variance, nonnegative, ridge)
-    packed, scale = _packed(cov, ridge)
-    rows = None if cross is None else _padded(cross, scale.to(cross.dtype))
+        options = {"cross": cross, "variance": variance, "nonnegative": nonnegative, "ridge": ridge}
+        return _top_k_by_reference(cov, targets, k, penalty, tol, position, **options)
+    packed, scale, rows = _packed(cov, cross, ridge)
     return torch.ops.neuraldeps.covlasso_top_k_packed(  # type: ignore[no-any-return]
         packed, scale, targets, k, penalty, tol, max_pivots, position, rows, variance, nonnegative, ridge
     )
@@ -330,13 +332,12 @@ def _solve_by_reference(
     penalty: Tensor | None,
     tol: float,
     capacity: int,
-    cross: Tensor | None = None,
-    variance: Tensor | None = None,
-    nonnegative: bool = False,
-    ridge: float = 0.0,
+    **options: Any,
 ) -> Solved:
-    """What the operator returns, from `reference.covlasso`, which has no pivots to count and needs no start."""
-    options: dict[str, Any] = {"cross": cross, "variance": variance, "nonnegative": nonnegative, "ridge": ridge}
+    """What the operator returns, from `reference.covlasso`, which has no pivots to count and needs no start.
+
+    Options: cross, variance, nonnegative and ridge.
+    """
     columns = [lam] if lam.dim() == 1 else list(lam.unbind(1))
     solved = []
     for column in columns:
@@ -355,12 +356,8 @@ def _top_k_by_reference(
     penalty: Tensor | None,
     tol: float,
     position: float,
-    cross: Tensor | None,
-    variance: Tensor | None,
-    nonnegative: bool,
-    ridge: float,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
-    options: dict[str, Any] = {"cross": cross, "variance": variance, "nonnegative": nonnegative, "ridge": ridge}
     found = reference.top_k(cov, targets, k, penalty, position=position, **options)
     value, index, count, info = _as_solution(
         found.theta.to(cov.dtype), cov, targets, found.lam, penalty, tol, k, options

@@ -8,15 +8,13 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "neuraldeps/cpu_api.h"
+#include "neuraldeps/invalid.hpp"
 
 namespace nd {
-
-[[noreturn]] inline void invalid(const std::string& message) { throw std::invalid_argument(message); }
 
 // Values per row of a packed [n, ld] covariance: rows of whole 64-byte lines, 16 values at least, and an odd number of
 // lines: a power of two would map rows on one set of cache lines.

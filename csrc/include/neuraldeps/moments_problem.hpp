@@ -3,16 +3,16 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
+
+#include "neuraldeps/invalid.hpp"
 
 namespace nd::cpu {
 
 inline void check_weights(const double* weights, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
     if (!(weights[i] >= 0) || std::isinf(weights[i]))
-      throw std::invalid_argument("weights holds " + std::to_string(weights[i]) +
-                                  "; expected finite numbers that are not negative");
+      invalid("weights holds " + std::to_string(weights[i]) + "; expected finite numbers that are not negative");
   }
 }
 
@@ -20,9 +20,8 @@ inline void check_weights(const double* weights, int64_t count) {
 inline void check_finite_moment(const double* moment, int64_t n) {
   for (int64_t j = 0; j < n; j++) {
     if (!std::isfinite(moment[j * n + j]))
-      throw std::invalid_argument(
-          "x has no finite covariance in column " + std::to_string(j) +
-          ": it holds NaN or infinity, or deviations whose squares overflow (float32: beyond about 1e19)");
+      invalid("x has no finite covariance in column " + std::to_string(j) +
+              ": it holds NaN or infinity, or deviations whose squares overflow (float32: beyond about 1e19)");
   }
 }
 
