@@ -1,8 +1,9 @@
-"""Covariance and CovLasso of NumPy arrays; `neuraldeps_kernels.cupy` is the same for CuPy arrays.
+"""Covariance, CovLasso, spectra and ranks of NumPy arrays; `neuraldeps_kernels.cupy` has the first two for CuPy arrays.
 
     from neuraldeps_kernels import arrays
     S = arrays.covariance(logits)                                 # [n, n]
     solution = arrays.covlasso(S, lam_ratio=0.1, threads=4)       # coefficients: scipy.sparse.csr_matrix [T, n]
+    arrays.matrix_rank(weights)                                   # int64 [...] of [..., m, n]
 
 The kernels are those of the torch operators and give the same bits, but arrays never pass through torch: the compiled
 module `neuraldeps_kernels._native` below depends on Python alone. Importing the package imports torch; a program that
@@ -27,7 +28,19 @@ from neuraldeps_kernels import _native
 from neuraldeps_kernels.ops.covlasso import STATUS_NAMES
 from neuraldeps_kernels.profiling import annotated
 
-__all__ = ["STATUS_NAMES", "CovLassoArrays", "covariance", "covlasso", "lambda_max"]
+__all__ = [
+    "STATUS_NAMES",
+    "CovLassoArrays",
+    "covariance",
+    "covlasso",
+    "lambda_max",
+    "low_rank_project",
+    "matrix_rank",
+    "svdvals",
+]
+
+_MATRIX_DTYPES = (np.float16, np.float32, np.float64)
+_LONGEST_BASIS = 256  # short side of the vectors that the kernel finds faster than LAPACK
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Values = float | Sequence[float] | npt.NDArray[Any]
@@ -172,6 +185,110 @@ def covlasso(
     indptr, column, value, info = _native.covlasso(cov, indices, lams, factors, tol, pivots, threads)
     coefficients = sparse.csr_matrix((value, column, indptr), shape=(len(indices), len(cov)))
     return solution(np, cov, indices, lams, coefficients, np.diff(indptr), info)
+
+
+@annotated
+def svdvals(a: npt.NDArray[Any], *, threads: int = 1) -> npt.NDArray[Any]:
+    """Singular values [..., min(m, n)] of `a` [..., m, n], descending; `neuraldeps_kernels.svdvals` for NumPy arrays.
+
+    Args:
+        a: float16, float32 or float64; any strides, m or n or the batch may be 0.
+        threads: number of threads.
+
+    Returns:
+        float64 for float64 `a`, else float32; NaN where a matrix holds NaN or infinity. LAPACK serves where it is
+        faster: single large matrices, and min(m, n) beyond 256, in float64 beyond 128.
+
+    Raises:
+        ValueError: `a` has fewer than 2 dimensions; `threads` is not positive.
+        TypeError: `a` is no array of these dtypes.
+    """
+    flat = _matrices(a)
+    values: npt.NDArray[Any] | None = _native.svdvals(flat, threads)
+    if values is None:
+        finite, wrong = _finite_matrices(flat)
+        values = np.where(wrong[:, None], np.nan, np.linalg.svd(finite, compute_uv=False))
+        values = values.astype(np.float64 if a.dtype == np.float64 else np.float32, copy=False)
+    by_matrix: npt.NDArray[Any] = values.reshape((*a.shape[:-2], min(a.shape[-2:])))
+    return by_matrix
+
+
+@annotated
+def matrix_rank(
+    a: npt.NDArray[Any],
+    *,
+    rtol: Values | None = None,
+    atol: float | None = None,
+    hermitian: bool = False,
+    threads: int = 1,
+) -> npt.NDArray[np.int64]:
+    """Number of singular values above `max(atol, rtol sigma_1)`; `neuraldeps_kernels.matrix_rank` for NumPy arrays.
+
+    Args:
+        a, threads: as in `svdvals`.
+        rtol: a number, or a sequence [R] of them; default `max(m, n) eps`, or 0 if `atol` is positive.
+        atol: absolute tolerance; default 0.
+        hermitian: `a` is symmetric, only its lower triangle is read, and its absolute eigenvalues are counted.
+
+    Returns:
+        int64 [...], or [..., R]; 0 for a zero or empty matrix, -1 where a matrix holds NaN or infinity.
+
+    Raises:
+        ValueError: a shape does not fit; a tolerance is negative or NaN; `threads` is not positive.
+        TypeError: `a` is no array of these dtypes.
+    """
+    flat = _matrices(a)
+    absolute = 0.0 if atol is None else float(atol)
+    if rtol is None:
+        eps = np.finfo(np.float64 if a.dtype == np.float64 else np.float32).eps
+        rtol = 0.0 if absolute > 0 else float(max(a.shape[-2:]) * eps)
+    relative = _real_numbers(np, "rtol", rtol, np.float64)
+    if relative.ndim > 1:
+        raise ValueError(f"rtol must be a number or [R], not {list(relative.shape)}")
+    tolerances = np.ascontiguousarray(relative.reshape(-1))
+    rank = _native.matrix_rank(flat, tolerances, absolute, hermitian, threads)
+    if rank is None:
+        rank = _ranks_by_lapack(flat, tolerances, absolute, hermitian)
+    undecided = (rank == -2).any(1)
+    if undecided.any():
+        rank[undecided] = _ranks_by_lapack(flat[undecided], tolerances, absolute, hermitian)
+    by_matrix: npt.NDArray[np.int64] = rank.reshape((*a.shape[:-2], *relative.shape))
+    return by_matrix
+
+
+@annotated
+def low_rank_project(a: npt.NDArray[Any], k: int, *, threads: int = 1) -> npt.NDArray[Any]:
+    """The nearest matrix of rank at most k, as `neuraldeps_kernels.low_rank_project`, without a gradient.
+
+    Args:
+        a, threads: as in `svdvals`.
+        k: number of terms, at least 0; from min(m, n) on the result is a copy of `a`.
+
+    Returns:
+        [..., m, n] in the dtype of `a`; NaN where a matrix holds NaN or infinity.
+
+    Raises:
+        ValueError, TypeError: as `svdvals`; k is negative or no integer.
+    """
+    flat = _matrices(a)
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool):
+        raise TypeError(f"k must be an int, not {type(k).__name__}")
+    if k < 0:
+        raise ValueError(f"k must be at least 0, not {k}")
+    if k >= min(a.shape[-2:]) or a.size == 0:
+        unchanged: npt.NDArray[Any] = a.copy()
+        return unchanged
+    finite, wrong = _finite_matrices(flat)
+    transposed = finite.shape[1] < finite.shape[2]
+    tall = finite.swapaxes(1, 2) if transposed else finite  # [B, longer, shorter]
+    if a.dtype == np.float64 or tall.shape[2] > _LONGEST_BASIS:
+        kept = np.linalg.svd(tall.astype(np.float64), full_matrices=False)[2][:, :k]
+    else:
+        kept = _native.singular_basis(finite, threads)[1][:, :k]
+    projected = tall.astype(np.float64) @ kept.swapaxes(1, 2) @ kept  # [B, longer, shorter]
+    result = projected.swapaxes(1, 2) if transposed else projected
+    result = np.where(wrong[:, None, None], np.nan, result)
+    return np.ascontiguousarray(result.astype(a.dtype)).reshape(a.shape)
 
 
 # ----------------------------------------------------------------------------- arguments and results, NumPy and CuPy
@@ -326,6 +443,36 @@ def _checked_covariance(cov: npt.NDArray[Any]) -> npt.NDArray[Any]:
     _check_array("cov", cov, (np.float16, np.float32, np.float64))
     check_covariance_shape(cov.shape)
     return _readable_rows(cov.astype(np.float32) if cov.dtype == np.float16 else cov)
+
+
+def _matrices(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """a as [B, m, n] with contiguous rows."""
+    _check_array("a", a, _MATRIX_DTYPES)
+    if a.ndim < 2:
+        raise ValueError(f"a must be [..., m, n], not {list(a.shape)}")
+    batch = int(np.prod(a.shape[:-2]))
+    flat = a.reshape(batch, *a.shape[-2:])
+    in_place = flat.flags.aligned and (flat.strides[2] == flat.itemsize or flat.shape[2] == 1)
+    return flat if in_place else flat.copy(order="C")
+
+
+def _finite_matrices(a: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """a [B, m, n] with zeros in place of matrices with NaN or infinity, and which those are [B]; at least float32."""
+    wrong = ~np.isfinite(a).all((1, 2))
+    finite = np.where(wrong[:, None, None], 0.0, a) if wrong.any() else a
+    return finite.astype(np.float64 if a.dtype == np.float64 else np.float32, copy=False), wrong
+
+
+def _ranks_by_lapack(
+    a: npt.NDArray[Any], rtol: npt.NDArray[np.float64], atol: float, hermitian: bool
+) -> npt.NDArray[np.int64]:
+    """[B, R] from float64 values of a [B, m, n]."""
+    finite, wrong = _finite_matrices(a)
+    matrices = finite.astype(np.float64)
+    values = np.abs(np.linalg.eigvalsh(matrices)) if hermitian else np.linalg.svd(matrices, compute_uv=False)
+    threshold = np.maximum(atol, rtol * values.max(1, keepdims=True, initial=0.0))  # [B, R]
+    rank = (values[:, None, :] > threshold[:, :, None]).sum(-1)
+    return np.where(wrong[:, None], -1, rank)
 
 
 def _readable_rows(a: npt.NDArray[Any]) -> npt.NDArray[Any]:

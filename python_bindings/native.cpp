@@ -32,6 +32,7 @@
 #include "neuraldeps/cpu_api.h"
 #include "neuraldeps/cuda_api.h"
 #include "neuraldeps/moments_problem.hpp"
+#include "neuraldeps/spectrum_problem.hpp"
 
 namespace py = pybind11;
 
@@ -434,6 +435,79 @@ py::tuple centered_moments(const py::array& x, const std::optional<py::array>& w
   return py::make_tuple(weight_sum, mean, moment);
 }
 
+// ------------------------------------------------------------------------------------------------------- CPU: spectrum
+
+// Matrices a [B, m, n] whose rows are contiguous.
+nd::cpu::SpectrumArgs spectrum_problem(const View& a) {
+  nd::cpu::SpectrumArgs args = {};
+  args.dtype = float_type(a);
+  if (a.dims() != 3) invalid("a must be [B, m, n], not " + shape_text(a.shape));
+  args.a = a.data;
+  args.batch = a.size(0);
+  args.m = a.size(1);
+  args.n = a.size(2);
+  const int64_t item = a.item_size(), row = args.m > 1 ? a.strides[1] : args.n * item;
+  const int64_t matrix = args.batch > 1 ? a.strides[0] : args.m * args.n * item;
+  if (a.numel() && (!a.packed_behind(2) || row % item != 0 || matrix % item != 0))
+    invalid("a must have contiguous rows");
+  args.row_stride = row / item;
+  args.batch_stride = matrix / item;
+  return args;
+}
+
+// Runs the kernel unless there is nothing to do.
+void run_spectrum(const nd::cpu::SpectrumArgs& args, const Threads& parallel, int64_t threads) {
+  if (args.batch == 0 || nd::cpu::short_side(args) == 0) return;
+  const py::gil_scoped_release unlocked;
+  nd::cpu::run_spectrum(args, threads, parallel);
+}
+
+py::object svdvals(const py::array& a, int64_t threads) {
+  const Threads parallel(threads);
+  nd::cpu::SpectrumArgs args = spectrum_problem(view_of("a", a));
+  const int64_t k = nd::cpu::short_side(args);
+  if (nd::cpu::spectrum_left_to_lapack(args)) return py::none();
+  const bool is_double = args.dtype == nd::cpu::Dtype::kFloat64;
+  py::array values(is_double ? py::dtype::of<double>() : py::dtype::of<float>(), {args.batch, k});
+  args.values = values.mutable_data();
+  run_spectrum(args, parallel, threads);
+  return std::move(values);
+}
+
+py::object matrix_rank(const py::array& a, const py::array& rtol, double atol, bool hermitian, int64_t threads) {
+  const Threads parallel(threads);
+  const View tolerances = view_of("rtol", rtol);
+  nd::cpu::SpectrumArgs args = spectrum_problem(view_of("a", a));
+  args.hermitian = hermitian;
+  if (hermitian && args.m != args.n) invalid("a must be square if hermitian");
+  args.num_rtol = tolerances.dims() == 1 ? tolerances.size(0) : 0;
+  args.rtol = checked<double>(tolerances, "float64", {args.num_rtol}, "[R]");
+  args.atol = atol;
+  if (!(atol >= 0)) invalid("atol must not be negative or NaN, not " + std::to_string(atol));
+  for (int64_t r = 0; r < args.num_rtol; r++) {
+    if (!(args.rtol[r] >= 0)) invalid("rtol must not be negative or NaN, not " + std::to_string(args.rtol[r]));
+  }
+  py::array_t<int64_t> rank({args.batch, args.num_rtol});
+  args.rank = rank.mutable_data();
+  if (nd::cpu::spectrum_left_to_lapack(args)) return py::none();
+  std::fill_n(args.rank, rank.size(), int64_t{0});
+  run_spectrum(args, parallel, threads);
+  return std::move(rank);
+}
+
+py::tuple singular_basis(const py::array& a, int64_t threads) {
+  const Threads parallel(threads);
+  const View view = view_of("a", a);
+  nd::cpu::SpectrumArgs args = spectrum_problem(view);
+  if (args.dtype == nd::cpu::Dtype::kFloat64) wrong_type(view, "float32 or float16");
+  const int64_t k = nd::cpu::short_side(args);
+  py::array_t<double> values({args.batch, k}), basis({args.batch, k, k});
+  args.values = values.mutable_data();
+  args.basis = basis.mutable_data();
+  run_spectrum(args, parallel, threads);
+  return py::make_tuple(values, basis);
+}
+
 // ---------------------------------------------------------------------------------------------------------------- CUDA
 
 // An object with __cuda_array_interface__, version 2 or 3. Its pending work, if it names a stream, must be on `stream`:
@@ -643,6 +717,33 @@ Returns:
 
 Raises:
     TypeError, ValueError: an argument, which is named, has a wrong dtype, shape, layout or value.)");
+  m.def("svdvals", &svdvals, arg("a"), arg("threads") = 1, R"(Singular values of each matrix, descending.
+
+Args:
+    a: [B, m, n] float32, float64 or float16, rows contiguous.
+    threads: number of threads; the result does not depend on it.
+
+Returns:
+    [B, min(m, n)], float64 for float64, else float32; NaN where a matrix is not finite. None where LAPACK is faster.
+
+Raises:
+    TypeError, ValueError: an argument, which is named, has a wrong dtype, shape, layout or value.)");
+  m.def("matrix_rank", &matrix_rank, arg("a"), arg("rtol"), arg("atol") = 0.0, arg("hermitian") = false,
+        arg("threads") = 1, R"(Number of singular values above max(atol, rtol sigma_1) for each rtol.
+
+Args:
+    a, threads: as svdvals.
+    rtol: [R] float64, not negative.
+    atol: not negative.
+    hermitian: a is symmetric, its lower triangle is read and its absolute eigenvalues are counted.
+
+Returns:
+    [B, R] int64; -1 where a matrix is not finite, -2 where singular values in float64 must decide. None where LAPACK is
+    faster. Raises as svdvals.)");
+  m.def("singular_basis", &singular_basis, arg("a"), arg("threads") = 1,
+        "Singular values [B, k] and vectors of the shorter side, one a row, [B, k, k], in float64, of a as in svdvals "
+        "but "
+        "not in float64; NaN where a matrix is not finite.");
   py::class_<CudaLibrary>(m, "CudaLibrary", "The CUDA kernels of libneuraldeps_cuda.so, whose path is given.")
       .def(py::init<std::string>(), arg("path"))
       .def("covlasso_workspace", &CudaLibrary::covlasso_workspace, arg("n"), arg("num_targets"), arg("dtype"),

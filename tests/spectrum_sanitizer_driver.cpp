@@ -1,6 +1,7 @@
 // Runs the kernel of spectrum on edge shapes in a program of its own, to be built with sanitizers together with
 // csrc/cpu/spectrum.cpp: inputs, results and work space of exactly the size that cpu_api.h asks for, full of NaN
 // before. Ends with status 1 and a message if a result is wrong.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -39,7 +40,7 @@ std::unique_ptr<char, decltype(&std::free)> memory(int64_t bytes, size_t alignme
 
 void run(const SpectrumArgs& args) {
   const nd::cpu::SpectrumPlan plan = nd::cpu::ND_CPU_LEVEL::spectrum_plan(args);
-  const int64_t group = plan.group / 2 + 1;  // results must not depend on it
+  const int64_t group = args.forms ? 8 : plan.group / 2 + 1;  // results must not depend on it
   for (int64_t begin = (args.batch - 1) / group * group; begin >= 0; begin -= group) {
     const auto workspace = memory((plan.workspace_bytes + 63) / 64 * 64, 64);
     const int64_t end = begin + group < args.batch ? begin + group : args.batch;
@@ -131,10 +132,23 @@ void drive(int64_t batch, int64_t m, int64_t n, Dtype dtype, size_t bytes) {
   std::vector<float> gradient(static_cast<size_t>(batch * m * n), NAN);
   const std::unique_ptr<bool[]> unresolved(new bool[static_cast<size_t>(batch)]);
   for (int64_t b = 0; b < batch; b++) of_values[static_cast<size_t>(b * k)] = 1;
+  const auto forms = memory((nd::cpu::spectrum_forms(batch, k) * 8 + 63) / 64 * 64, 64);
+  args.values = single.data();
+  args.forms = reinterpret_cast<double*>(forms.get());
+  run(args);
+  args.values = nullptr;
   args.value_gradient = of_values.data();
   args.gradient = gradient.data();
   args.unresolved = unresolved.get();
   run(args);
+  const std::vector<float> from_forms = gradient;
+  std::fill(gradient.begin(), gradient.end(), NAN);
+  args.forms = nullptr;
+  run(args);
+  double difference = 0;
+  for (size_t i = 0; i < gradient.size(); i++)
+    difference = std::fmax(difference, std::fabs(gradient[i] - from_forms[i]));
+  expect(difference <= 1e-6, "gradient from forms", args, difference);
   for (int64_t b = 0; b < batch; b++) {  // u_1 v_1' has norm 1
     double sum = 0;
     for (int64_t i = 0; i < m * n; i++) {

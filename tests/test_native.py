@@ -620,3 +620,70 @@ class TestLibrary:
         path.write_bytes(b"")
         with pytest.raises(ImportError, match="the CUDA kernels do not load"):
             _native.CudaLibrary(str(path))
+
+
+# ------------------------------------------------------------------------------------------------ spectra and ranks
+
+
+def matrices(shape: tuple[int, ...], dtype: type, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(9, 8, 6), (2, 3, 5, 7), (4, 4), (1, 90, 80), (5, 140, 150), (0, 3, 4), (2, 0, 3)])
+def test_spectra_are_those_of_the_operators(shape: tuple[int, ...], dtype: type) -> None:
+    """The same bits where the kernel serves, its tolerance where LAPACK does (single large, large float64 matrices)."""
+    a = matrices(shape, dtype)
+    tensor = torch.from_numpy(a)
+    values, want = arrays.svdvals(a, threads=2), nk.svdvals(tensor).numpy()
+    assert values.dtype == want.dtype
+    np.testing.assert_allclose(values, want, rtol=0, atol=(1e-12 if dtype == np.float64 else 3e-6) * max(shape))
+    assert np.array_equal(arrays.matrix_rank(a), nk.matrix_rank(tensor).numpy())
+    rtol = [0.5, 0.1, 1e-3]
+    several = arrays.matrix_rank(a, rtol=rtol, atol=1e-3, threads=3)
+    assert np.array_equal(several, nk.matrix_rank(tensor, rtol=torch.tensor(rtol), atol=1e-3).numpy())
+    projected = arrays.low_rank_project(a, 2)
+    assert projected.dtype == dtype
+    tolerance = {np.float16: 1e-2, np.float32: 1e-5, np.float64: 1e-12}[dtype]
+    np.testing.assert_allclose(projected, nk.low_rank_project(tensor, 2).numpy(), rtol=0, atol=tolerance)
+    if len(shape) > 1 and shape[-1] == shape[-2]:
+        assert np.array_equal(arrays.matrix_rank(a, hermitian=True), nk.matrix_rank(tensor, hermitian=True).numpy())
+
+
+def test_spectra_of_any_strides_and_of_what_is_not_finite() -> None:
+    a = matrices((6, 10, 8), np.float32)
+    for view in (a.swapaxes(1, 2), a[::-2], a[:, ::2], a[:, :, ::-1], a[:, 2:7, 1:6]):
+        dense = np.ascontiguousarray(view)
+        np.testing.assert_allclose(arrays.svdvals(view), arrays.svdvals(dense), rtol=1e-5)
+        assert np.array_equal(arrays.matrix_rank(view, rtol=0.3), arrays.matrix_rank(dense, rtol=0.3))
+    for dtype in (np.float32, np.float64):
+        for shape in ((6, 10, 8), (2, 90, 80)):
+            wrong = matrices(shape, dtype)
+            wrong[1, 2, 3] = np.inf
+            assert np.isnan(arrays.svdvals(wrong)[1]).all()
+            assert np.isfinite(arrays.svdvals(wrong)[0]).all()
+            assert arrays.matrix_rank(wrong).tolist()[1] == -1
+            assert np.isnan(arrays.low_rank_project(wrong, 1)[1]).all()
+    assert arrays.matrix_rank(np.zeros((3, 4), np.float32)) == 0
+    nearly_singular = np.diag([1.0, 1e-9, 0.0]).astype(np.float32)[None].repeat(5, 0)
+    assert arrays.matrix_rank(nearly_singular, rtol=1e-10).tolist() == [2] * 5  # beyond what a Gram matrix resolves
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda a: arrays.svdvals(a[0, 0]), ValueError, r"a must be \[..., m, n\], not \[4\]"),
+        (lambda a: arrays.svdvals(a.astype(int)), TypeError, "a must be one of float16, float32, float64"),
+        (lambda a: arrays.svdvals([[1.0]]), TypeError, "a must be a numpy.ndarray, not list"),
+        (lambda a: arrays.svdvals(a, threads=0), ValueError, "threads must be at least 1"),
+        (lambda a: arrays.matrix_rank(a, rtol=-1.0), ValueError, "rtol must not be negative"),
+        (lambda a: arrays.matrix_rank(a, atol=float("nan")), ValueError, "atol must not be negative or NaN"),
+        (lambda a: arrays.matrix_rank(a, rtol=[[0.1]]), ValueError, r"rtol must be a number or \[R\]"),
+        (lambda a: arrays.matrix_rank(a, hermitian=True), ValueError, "a must be square if hermitian"),
+        (lambda a: arrays.low_rank_project(a, -1), ValueError, "k must be at least 0, not -1"),
+        (lambda a: arrays.low_rank_project(a, 1.5), TypeError, "k must be an int, not float"),
+    ],
+)
+def test_bad_matrices(call: Callable[[np.ndarray], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(matrices((2, 3, 4), np.float32))

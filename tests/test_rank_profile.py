@@ -1003,6 +1003,26 @@ def test_report_of_the_deficit(tmp_path: Path) -> None:
     assert found.table([3]).row_count == 1
     default = independence_deficit(f)
     assert not default.settings["given_labels"]
+    assert default.describe().endswith("; labels are the network's own argmax")
+    assert default.plot(tmp_path / "deficit.png").stat().st_size > 10_000
+
+
+def test_cautions_of_the_deficit() -> None:
+    """No two samples of a category; few that are both fitted and measured on; a penalty that leaves nothing."""
+    f, y = class_logits(samples=4)
+    kept = (y != 2) | (torch.arange(len(y)) < 6)
+    found = independence_deficit(f[kept], y[kept], lam=1e6)
+    assert [category.predictors for category in found.categories] == [()] * 5
+    assert found.cautions() == [
+        "deficit: 1 of 6 categories have no two positives",
+        "deficit: 5 categories are fitted to and measured on fewer than 10 samples, which flatters them; the authors "
+        "had 50",
+        "deficit: 5 categories have no predictor: penalty 1e+06 is at least their lambda_max",
+    ]
+    assert found.to_dict()["cautions"] == found.cautions()
+    many, labels = class_logits()
+    assert independence_deficit(many, labels, lam=0.5).cautions() == []
+    assert independence_deficit(f, y, lam_ratio=0.1, evaluate=(many, labels)).cautions() == []
 
 
 @pytest.mark.parametrize(
@@ -1049,7 +1069,9 @@ def test_command_writes_json_csv_and_plot(
     text = capsys.readouterr()
     assert "wrote new/rank" in text.err
     assert "mlp with random weights, eval mode, full float32 (no TF32)" in text.out
-    assert {path.name for path in (tmp_path / "new" / "rank").iterdir()} == {"rank.json", "rank.csv", "rank.png"}
+    names = {path.name for path in (tmp_path / "new" / "rank").iterdir()}
+    deficit = {"deficit.png", "deficit_authors.csv", "deficit_ours.csv"}
+    assert names == {"rank.json", "rank.csv", "rank.png"} | deficit
     content = json.loads((tmp_path / "new" / "rank" / "rank.json").read_text())
     assert content["inputs"] == "12 images of standard normal noise"
     assert content["settings"]["jacobian"]["canvas"] == "image"
@@ -1063,13 +1085,68 @@ def test_command_prints_json_of_chosen_layers(capsys: pytest.CaptureFixture[str]
     content = json.loads(capsys.readouterr().out)
     assert [layer["name"] for layer in content["layers"]] == ["blocks.0", "head"]
     assert content["classification"] is None
+    assert "independence_deficit" not in content
+
+
+@pytest.mark.parametrize("model", list(BACKBONES))
+def test_command_shows_the_deficit(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the packaged networks: the same numbers as from their logits in Python, with both penalties."""
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "out"
+    assert run("--model", model, "--measures", "deficit", "--samples", "40", "--seed", "3", "--out", str(out)) == 0
+    text = capsys.readouterr()
+    assert {path.name for path in out.iterdir()} == {
+        "rank.json",
+        "deficit.png",
+        "deficit_authors.csv",
+        "deficit_ours.csv",
+    }
+    x = torch.randn(40, 3, 32, 32, generator=generator(3))
+    with torch.no_grad():
+        logits = backbone(model, seed=3).eval()(x)
+    found = json.loads((out / "rank.json").read_text())
+    assert found["network"] == f"{model} with random weights"
+    for name, penalty in (("authors", {"lam": 20.0}), ("ours", {"lam_ratio": 0.1})):
+        assert f"Independence deficit, settings: {name}" in text.out
+        want = independence_deficit(logits, **penalty)
+        content = found["independence_deficit"][name]
+        assert content["settings"] == want.settings
+        rows = content["categories"]
+        assert [row["category"] for row in rows] == [category.category for category in want.categories]
+        assert [row["predictors"] for row in rows] == [list(category.predictors) for category in want.categories]
+        for row, category in zip(rows, want.categories, strict=True):
+            assert row["coefficients"] == pytest.approx(list(category.coefficients), abs=1e-4)
+    assert "penalty 20 is at least their lambda_max" in text.err
+
+
+def test_command_shows_the_deficit_of_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of logits, with labels and names of one's own."""
+    f, y = class_logits()
+    np.save(tmp_path / "logits.npy", f.numpy())
+    (tmp_path / "labels.txt").write_text("\n".join(map(str, y.tolist())))
+    (tmp_path / "names.txt").write_text("\n".join("abcdef"))
+    files = [str(tmp_path / name) for name in ("logits.npy", "labels.txt", "names.txt")]
+    assert run("--logits", files[0], "--labels", files[1], "--class-names", files[2], "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["inputs"] == "180 samples"
+    for name, found in (("authors", independence_deficit(f, y)), ("ours", independence_deficit(f, y, lam_ratio=0.1))):
+        rows = content["independence_deficit"][name]["categories"]
+        assert [row["coefficients"] for row in rows] == [list(category.coefficients) for category in found.categories]
+        assert rows[0]["name"] == "a"
+        assert content["independence_deficit"][name]["settings"]["given_labels"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--model", "mlp", "--network", "efficientnet-lite0"), "--network and --model must not both be given"),
-        (("--model", "mlp", *SMALL, "--measures", "rank"), "measures must be some of jacobian, pca, classification"),
+        (("--model", "mlp", "--measures", "rank"), "measures must be some of jacobian, pca, classification, deficit"),
+        (("--logits", "missing.npy", "--measures", "pca"), "measures must be some of deficit, got 'pca'"),
+        (("--logits", "missing.npy"), "missing.npy"),
+        (("--logits", "missing.npy", "--model", "mlp"), "--model and --logits must not both be given"),
+        (("--model", "mlp", "--labels", "labels.txt"), "--labels and --class-names need --logits"),
         (("--model", "mlp", *SMALL, "--layers", "nowhere"), "layers has 'nowhere', which is no module of MLP"),
         (("--model", "mlp", *SMALL, "--canvas", "black"), "canvas must be one of zero, image"),
         (("--model", "mlp", *SMALL, "--pictures", "missing"), "missing: no such folder"),
@@ -1098,3 +1175,7 @@ def test_real_network(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert [layer["features"] for layer in content["layers"]] == [192 * 49, 320 * 49, 1000]
     assert all(1 <= layer["jacobian"] <= 3 for layer in content["layers"])
     assert all(layer["pca"] <= 3 for layer in content["layers"])
+    assert run("--measures", "deficit", "--samples", "60", "--out", str(tmp_path / "out")) == 0
+    deficits = json.loads((tmp_path / "out" / "rank.json").read_text())["independence_deficit"]
+    assert len(deficits["authors"]["categories"]) == len(deficits["ours"]["categories"]) >= 1
+    assert all(row["positives"] >= 2 for row in deficits["authors"]["categories"])

@@ -396,6 +396,49 @@ def test_gradient_where_the_gram_matrix_does_not_resolve() -> None:
     assert float((got.double() - svd_gradient(a))[[0, 1, 3, 4, 5, 6, 7]].abs().max()) <= 1e-5
 
 
+@pytest.mark.parametrize("gap", [1e-2, 1e-5, 1e-7, 1e-10, 0.0])
+def test_gradient_of_neighbouring_values(gap: float) -> None:
+    """Pairs of values `gap` apart with one weight, a function of both: sum of u v' over the pair is well conditioned.
+
+    Vectors of close values come from another iteration, lane by lane, so neighbours of other kinds stand beside.
+    """
+    values = torch.linspace(1, 0.3, 6, dtype=torch.float64).repeat_interleave(2)
+    values[1::2] *= 1 - gap
+    a = torch.cat([planted(3, 15, 12, values, seed=7), normal((5, 15, 12), torch.float64, 3)]).float()
+    weight = torch.tensor([3.0, -1.0, 0.5, 2.0, 0.0, 1.0]).repeat_interleave(2)
+    leaf = a.clone().requires_grad_()
+    (svdvals(leaf) * weight).sum().backward()
+    assert leaf.grad is not None
+    u, _, vh = torch.linalg.svd(a.double(), full_matrices=False)
+    error = (leaf.grad.double() - (u * weight.double()) @ vh).abs().amax((1, 2))
+    assert float(error.max()) <= 2e-6, error
+
+
+def test_a_gradient_does_not_see_its_batch() -> None:
+    """Bitwise; beside NaN, zeros and repeated values, whose vectors are found in other ways, as well."""
+    for shape in ((19, 12, 12), (10, 30, 20)):
+        a = normal(shape)
+        want, basis = gradient_of_values(a), torch.ops.neuraldeps.singular_basis(a)[1]
+        for neighbour in (torch.nan, 0.0, torch.eye(*shape[1:])):
+            neighbours = a.clone()
+            neighbours[::2] = neighbour
+            assert torch.equal(gradient_of_values(neighbours)[1::2], want[1::2])
+            assert torch.equal(torch.ops.neuraldeps.singular_basis(neighbours)[1][1::2], basis[1::2])
+
+
+def test_gradient_with_and_without_the_form_of_the_values() -> None:
+    for shape in ((19, 12, 12), (5, 30, 20), (3, 7, 33)):
+        a, grad_of_values = normal(shape), normal((shape[0], min(shape[1:])), seed=1)
+        for view in (a, a.mT):
+            values, form = torch.ops.neuraldeps.svdvals_with_form(view)
+            assert torch.equal(values, svdvals(view.contiguous()))
+            with_form, _ = torch.ops.neuraldeps.svdvals_gradient(grad_of_values, view, form)
+            without, _ = torch.ops.neuraldeps.svdvals_gradient(grad_of_values, view)
+            torch.testing.assert_close(with_form, without, rtol=0, atol=1e-6)
+        moved = torch.empty(len(form) + 1, dtype=torch.float64)[1:].copy_(form)  # no longer aligned to 64 bytes
+        assert torch.equal(torch.ops.neuraldeps.svdvals_gradient(grad_of_values, a.mT, moved)[0], with_form)
+
+
 def test_gradient_at_repeated_and_vanishing_values() -> None:
     """The nuclear norm: U V' on the range, 0 beyond it."""
     for dtype in (torch.float32, torch.float64):
@@ -413,6 +456,16 @@ def test_gradient_at_repeated_and_vanishing_values() -> None:
             a.grad = None
             effective_rank(a).sum().backward()
             assert bool(a.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("function", [svdvals, lambda a: low_rank_project(a, 2)], ids=["values", "truncation"])
+def test_a_second_gradient_is_refused(function: Callable[[Tensor], Tensor]) -> None:
+    a = normal((5, 6, 5)).requires_grad_()
+    (first,) = torch.autograd.grad(function(a).square().sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiable once|once_differentiable"):
+        first.square().sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad(lambda x: grad(lambda y: function(y).square().sum())(x).square().sum())(a.detach())
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 3), (5, 3, 4), (3, 3)], ids=str)
@@ -453,6 +506,26 @@ def test_gradient_of_the_truncation(values: list[float], k: int, shape: tuple[in
         assert abs(float((leaf.grad.double() * direction).sum()) - want) <= tolerance * (1 + abs(want))
 
 
+@pytest.mark.parametrize("shape", [(3, 9, 6), (3, 6, 9), (5, 5)], ids=str)
+def test_detached_truncation(shape: tuple[int, ...]) -> None:
+    """FAMLP: the value of the exact mode, the gradient dY V_k V_k' (U_k U_k' dY of wide ones)."""
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        a, grad_of_y = normal(shape, dtype).requires_grad_(), normal(shape, dtype, seed=1)
+        y = low_rank_project(a, 2, mode="detach")
+        torch.testing.assert_close(y, low_rank_project(a, 2), rtol=0, atol=tolerance)
+        (got,) = torch.autograd.grad(y, a, grad_of_y)
+        u, _, vh = torch.linalg.svd(a.detach().double(), full_matrices=False)
+        u, v, g = u[..., :2], vh[..., :2, :].mT, grad_of_y.double()
+        want = g @ v @ v.mT if shape[-2] >= shape[-1] else u @ u.mT @ g
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+        for k in (min(shape[-2:]), 50):
+            assert torch.equal(low_rank_project(a, k, mode="detach"), a)
+    a = normal((2, 4, 3))
+    a[0, 1, 1] = torch.nan
+    assert bool(low_rank_project(a, 1, mode="detach")[0].isnan().all())
+    torch.testing.assert_close(vmap(lambda x: low_rank_project(x, 1, mode="detach"))(a)[1], low_rank_project(a, 1)[1])
+
+
 def test_gradient_of_the_truncation_without_a_unique_value() -> None:
     """Zero, below rank k, no gap, everything kept: finite, and 0 for zero."""
     for dtype in (torch.float32, torch.float64):
@@ -489,7 +562,13 @@ def test_opcheck(dtype: torch.dtype) -> None:
         torch.library.opcheck(operators.low_rank_project_backward.default, (a, a, 2))
         if dtype != torch.float64:
             torch.library.opcheck(operators.singular_basis.default, (a,))
-            torch.library.opcheck(operators.svdvals_gradient.default, (normal((shape[0], min(shape[1:]))), a))
+            # A form has numbers that are never read, which may differ from call to call.
+            torch.library.opcheck(
+                operators.svdvals_with_form.default, (a,), test_utils=("test_schema", "test_faketensor")
+            )
+            grad_of_values, form = normal((shape[0], min(shape[1:]))), operators.svdvals_with_form(a)[1]
+            torch.library.opcheck(operators.svdvals_gradient.default, (grad_of_values, a))
+            torch.library.opcheck(operators.svdvals_gradient.default, (grad_of_values, a, form))
 
 
 def test_vmap_and_func() -> None:
@@ -602,9 +681,16 @@ def test_values_that_are_not_finite(value: float, dtype: torch.dtype) -> None:
         (lambda a: matrix_rank(a, rule="authors_gram", rtol=0.1), ValueError, "sets the tolerance"),
         (lambda a: low_rank_project(a, -1), ValueError, "k must be at least 0, not -1"),
         (lambda a: low_rank_project(a, 1.0), TypeError, "k must be an int, not float"),
+        (lambda a: low_rank_project(a, 1, mode="none"), ValueError, "mode must be one of exact, detach, not 'none'"),
         (lambda a: torch.ops.neuraldeps.svdvals(a[0]), ValueError, r"a must be \[B, m, n\]"),
         (lambda a: torch.ops.neuraldeps.singular_basis(a.double()), ValueError, "a must be float32"),
         (lambda a: torch.ops.neuraldeps.svdvals_gradient(a[:, 0], a), ValueError, "grad must be"),
+        (lambda a: torch.ops.neuraldeps.svdvals_with_form(a.double()), ValueError, "a must be float32"),
+        (
+            lambda a: torch.ops.neuraldeps.svdvals_gradient(a[:, 0, :4].contiguous(), a, a[0, 0].double()),
+            ValueError,
+            "form must be that of svdvals_with_form",
+        ),
     ],
 )
 def test_bad_input(call: Callable[[Tensor], object], error: type[Exception], message: str) -> None:

@@ -11,15 +11,18 @@
 //     differ the small matrix is bidiagonalised instead, and the large one reported as kRankUndecided.
 //   - float64: Householder bidiagonalisation (a Gram matrix would square the spectrum), then counts of the differential
 //     quotient-difference form, bisected for values.
-//   - Vectors v_i of the shorter side, for gradients (not in float64): implicit QL with the eigenvalues found before as
+//   - Vectors v_i of the shorter side, for gradients (not in float64): a twisted factorisation of the tridiagonal form
+//     for each eigenvalue, then the reflections. Neighbours with a gap g are orthogonal up to eps / g only, so a matrix
+//     where that exceeds kVectorError gets its vectors from the implicit QL iteration instead, with the eigenvalues as
 //     shifts; its rotations are kept and applied to a block of columns of all vectors, kSweeps at a time, while the
-//     block is in cache. The gradient sum_i g_i u_i v_i' is two matrix products with u_i = a v_i / |a v_i|.
+//     block is in cache. The gradient sum_i g_i u_i v_i' is a (sum_i (g_i / sigma_i) v_i v_i').
 //   - hermitian (ranks): as G, but of a itself, with counts on both sides of zero.
 //
 // Floor, per matrix, in multiply-adds: Gram m k^2 / 2, tridiagonalisation 2/3 k^3 (each step reads and writes the
 // trailing triangle once, 16 bytes for 2 multiply-adds), QL about 1.3 k^2 dependent steps of two divisions shared by
-// all lanes and chains, bidiagonalisation 4/3 k^2 (3 max(m, n) - k) / 2, LDL' k^3 / 6 a count. Vectors: k^3 / 3 for
-// the reflections, 2 for each of about k^3 rotations.
+// all lanes and chains, bidiagonalisation 4/3 k^2 (3 max(m, n) - k) / 2, LDL' k^3 / 6 a count. Vectors: 2 k^2 divisions
+// and k^3 for the reflections, each entry of a vector read and written once a reflection; by QL k^3 / 3 for the
+// reflections and 2 for each of about k^3 rotations. Gradient: k^3 / 2 + m k^2.
 //
 // Layout: lane l of a vector belongs to matrix l of a group of W. The triangle of G is [k][k] vectors, its upper half
 // used; two groups form a chain pair whose dependent recurrences hide each other's latency. No operation crosses lanes,
@@ -46,17 +49,20 @@ constexpr int64_t kLaneLimit = 160;      // longest short side of ranks by lanes
 constexpr int64_t kLaneLimitOfFew = 48;  // the same of batches below kFewMatrices, which leave most lanes empty
 constexpr int64_t kFewMatrices = 4;
 constexpr double kEps = 0x1p-52;
-constexpr double kGramNoise = 4;     // E = kGramNoise k eps |G|: rounding of the Gram matrix and what follows
-constexpr double kTopError = 4e-9;   // relative error allowed in sigma_1^2
-constexpr double kLowest = -1e300;   // below every eigenvalue of a scaled matrix
-constexpr double kTiny = 1e-300;     // stands for a vanishing pivot
-constexpr double kResolved = 1e-12;  // of sigma_1^2: smaller eigenvalues have vectors of too few digits
-constexpr int kSections = 4;         // shifts a multisection step tries at once
-constexpr int kTopSteps = 13;        // (kSections + 1)^-13 < 1e-9
-constexpr int kSweeps = 8;           // QL sweeps applied to the vectors together
-constexpr int kMaxQlSteps = 80;      // an eigenvalue; 2 to 3 are usual
-constexpr int64_t kChunk = 128;      // rows of the long side converted at once
-constexpr int64_t kPanel = 32;       // rows of an LDL' panel
+constexpr double kGramNoise = 4;       // E = kGramNoise k eps |G|: rounding of the Gram matrix and what follows
+constexpr double kTopError = 4e-9;     // relative error allowed in sigma_1^2
+constexpr double kLowest = -1e300;     // below every eigenvalue of a scaled matrix
+constexpr double kTiny = 1e-300;       // stands for a vanishing pivot
+constexpr double kResolved = 1e-12;    // of sigma_1^2: smaller eigenvalues have vectors of too few digits
+constexpr double kRefined = 1e-6;      // of sigma_1^2: smaller eigenvalues have roots of too few digits
+constexpr double kLeastGap = 1e-9;     // between eigenvalues whose vectors are found one by one
+constexpr double kVectorError = 3e-8;  // allowed in those vectors
+constexpr int kSections = 4;           // shifts a multisection step tries at once
+constexpr int kTopSteps = 13;          // (kSections + 1)^-13 < 1e-9
+constexpr int kSweeps = 8;             // QL sweeps applied to the vectors together
+constexpr int kMaxQlSteps = 80;        // an eigenvalue; 2 to 3 are usual
+constexpr int64_t kChunk = 128;        // rows of the long side converted at once
+constexpr int64_t kPanel = 32;         // rows of an LDL' panel
 constexpr int64_t kMaxLanczos = 300;
 constexpr int64_t kLanczosCheck = 6;       // steps between looks at sigma_1^2, which has converged once it changes by
 constexpr double kLanczosTol = 1e-13;      // less than this (relative) between two of them
@@ -403,7 +409,7 @@ void tridiagonalise(V* a, int64_t k, V* d, V* e, V* tau, V* work) {
   }
 }
 
-// Scales d, e to largest row sum 1 and squares e; returns the row sum.
+// Scales d, e to largest row sum 1; returns the row sum.
 V normalise(V* d, V* e, int64_t k) {
   V norm = {}, before = {};
   for (int64_t i = 0; i < k; i++) {
@@ -413,9 +419,8 @@ V normalise(V* d, V* e, int64_t k) {
   }
   const V factor = norm > 0 ? 1.0 / (norm > 0 ? norm : all(1)) : V{};
   for (int64_t i = 0; i < k; i++) {
-    const V x = e[i] * factor;
     d[i] *= factor;
-    e[i] = x * x;
+    e[i] *= factor;
   }
   return norm;
 }
@@ -530,33 +535,53 @@ void eigenvalues(V* d, V* e2, int64_t k) {
   }
 }
 
-constexpr int kBlock = ND_VECTOR_BYTES == 64 ? 8 : 4;  // columns of a block of vectors
+constexpr int kBlock = ND_VECTOR_BYTES == 64 ? 8 : 4;  // columns of a block of vectors, or vectors
+constexpr int kTwisted = 4;                            // vectors that hide each other's latency
+static_assert(kBlock % kTwisted == 0);
 
 // Vectors of the rows i and columns j of z lie in blocks of columns, [k / kBlock][k][kBlock], which every pass streams.
 ND_INLINE int64_t at_block(int64_t i, int64_t j, int64_t k) { return (j / kBlock * k + i) * kBlock + j % kBlock; }
 
-// Row i of z becomes column i of the product of the reflections that tridiagonalise left in a and tau. Rows are
-// independent: kBlock of them meet all reflections in rows [kBlock, k], which stay in cache.
+// rows [kBlock, k] times the reflections that tridiagonalise left in a and tau, from number `last` down to 0. A pass
+// over the rows applies one and takes the products with the next.
+void apply_reflections(const V* a, const V* tau, int64_t k, int64_t last, V* rows) {
+  if (last < 0) return;
+  V dots[kBlock] = {};
+  for (int64_t j = last + 1; j < k; j++) {
+    for (int r = 0; r < kBlock; r++) dots[r] += rows[r * k + j] * a[last * k + j];
+  }
+  for (int64_t s = last; s > 0; s--) {
+    const V *v = a + s * k, *next = v - k;
+    V factor[kBlock], next_dots[kBlock];
+#pragma GCC unroll 8
+    for (int r = 0; r < kBlock; r++) {
+      factor[r] = dots[r] * tau[s];
+      next_dots[r] = rows[r * k + s];  // next[s] is 1
+    }
+    for (int64_t j = s + 1; j < k; j++) {
+      const V vj = v[j], nj = next[j];
+#pragma GCC unroll 8
+      for (int r = 0; r < kBlock; r++) {
+        const V x = rows[r * k + j] - factor[r] * vj;
+        rows[r * k + j] = x;
+        next_dots[r] += x * nj;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kBlock; r++) dots[r] = next_dots[r];
+  }
+  for (int r = 0; r < kBlock; r++) {
+    for (int64_t j = 1; j < k; j++) rows[r * k + j] -= dots[r] * tau[0] * a[j];
+  }
+}
+
+// Row i of z becomes column i of the product of the reflections. Rows are independent: kBlock of them meet all
+// reflections in rows [kBlock, k], which stay in cache.
 void accumulate_reflections(const V* a, const V* tau, int64_t k, V* z, V* rows) {
   for (int64_t first = 0; first < k; first += kBlock) {
     for (int64_t i = 0; i < kBlock * k; i++) rows[i] = V{};
     for (int64_t r = 0; r < kBlock && first + r < k; r++) rows[r * k + first + r] = all(1);
-    for (int64_t s = smaller(first + kBlock, k) - 2; s >= 0; s--) {
-      const V* v = a + s * k;
-      V dots[kBlock] = {};
-      for (int64_t j = s + 1; j < k; j++) {
-        const V vj = v[j];
-#pragma GCC unroll 8
-        for (int r = 0; r < kBlock; r++) dots[r] += rows[r * k + j] * vj;
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kBlock; r++) dots[r] *= tau[s];
-      for (int64_t j = s + 1; j < k; j++) {
-        const V vj = v[j];
-#pragma GCC unroll 8
-        for (int r = 0; r < kBlock; r++) rows[r * k + j] -= dots[r] * vj;
-      }
-    }
+    apply_reflections(a, tau, k, smaller(first + kBlock, k) - 2, rows);
     for (int64_t r = 0; r < kBlock && first + r < k; r++) {
       for (int64_t j = 0; j < k; j++) z[at_block(first + r, j, k)] = rows[r * k + j];
       for (int64_t j = k; j < round_up(k, kBlock); j++) z[at_block(first + r, j, k)] = V{};
@@ -564,17 +589,10 @@ void accumulate_reflections(const V* a, const V* tau, int64_t k, V* z, V* rows) 
   }
 }
 
-// The vectors of every lane on their own: separate [W][k][k] from z.
-void separate_lanes(const V* z, int64_t k, double* separate) {
-  for (int64_t j = 0; j < k; j += kBlock) {
-    const int64_t columns = smaller(kBlock, k - j);
-    for (int64_t i = 0; i < k; i++) {
-      const double* from = reinterpret_cast<const double*>(z + at_block(i, j, k));
-      for (int l = 0; l < W; l++) {
-        double* to = separate + (l * k + i) * k + j;
-        for (int64_t c = 0; c < columns; c++) to[c] = from[c * W + l];
-      }
-    }
+// The vectors of lane l on their own: separate [k, ld] from z.
+void separate_lane(const V* z, int64_t k, int64_t ld, int l, double* separate) {
+  for (int64_t j = 0; j < k; j++) {
+    for (int64_t i = 0; i < k; i++) separate[i * ld + j] = z[at_block(i, j, k)][l];
   }
 }
 
@@ -683,16 +701,10 @@ void ql_step(V* d, V* e, int64_t k, int64_t l, V shift, M active, const Sweep& s
   e[l] = active ? g : e[l];
 }
 
-// d [k] becomes the eigenvalues of a tridiagonal matrix, and the rows of z the eigenvectors in its basis. Row sums are
-// at most 1; e is destroyed. The rotations of z are the dear part, so the eigenvalues are found first without it; as
-// shifts they save some of the sweeps. rotations: [kSweeps, 2, k]; work: [2, k].
-void eigenvectors(V* d, V* e, int64_t k, V* z, V* rotations, V* work) {
-  V *known = work, *squares = work + k;
-  for (int64_t i = 0; i < k; i++) {
-    known[i] = d[i];
-    squares[i] = e[i] * e[i];
-  }
-  eigenvalues<1>(known, squares, k);
+// The rows of z become the eigenvectors of a tridiagonal matrix in its basis. Row sums are at most 1; d and e are
+// destroyed. The rotations of z are the dear part: `known` eigenvalues as shifts save some of the sweeps.
+// rotations: [kSweeps, 2, k].
+void eigenvectors_by_ql(V* d, V* e, const V* known, int64_t k, V* z, V* rotations) {
   Sweeps sweeps = {z, rotations, k};
   for (int64_t l = 0; l + 1 < k; l++) {
     for (int step = 0; step < kMaxQlSteps; step++) {
@@ -704,6 +716,68 @@ void eigenvectors(V* d, V* e, int64_t k, V* z, V* rotations, V* work) {
     }
   }
   if (sweeps.count > 0) sweeps.apply();
+}
+
+// Unit eigenvectors, rows [kTwisted, k], of a tridiagonal matrix whose row sums are at most 1, for kTwisted of its
+// eigenvalues: with the pivots p of LDL' from the top and u of UDU' from the bottom, the vector is solved outwards from
+// the row where its inverse has the largest diagonal entry, that is gamma = p - e^2 / u is least. Returned are the
+// residuals, 1 where the vector overflows. work: [2, k, kTwisted].
+void twisted_vectors(const V* d, const V* e, const V* eigenvalue, int64_t k, V* rows, V* residual, V* work) {
+  constexpr int S = kTwisted;
+  constexpr double kLeast = 1e-30;  // of a pivot
+  V *upper = work, *lower = work + k * S;
+  V pivot[S], least[S], turn[S], norm[S], x[S];
+  for (int s = 0; s < S; s++) pivot[s] = d[k - 1] - eigenvalue[s];
+  for (int64_t i = k - 2; i >= 0; i--) {
+#pragma GCC unroll 4
+    for (int s = 0; s < S; s++) {
+      const V ratio = e[i] / (abs(pivot[s]) < kLeast ? all(kLeast) : pivot[s]);
+      upper[i * S + s] = ratio;
+      pivot[s] = d[i] - eigenvalue[s] - e[i] * ratio;
+    }
+  }
+  for (int s = 0; s < S; s++) {
+    pivot[s] = d[0] - eigenvalue[s];
+    least[s] = all(1e300);
+    turn[s] = norm[s] = x[s] = V{};
+    upper[(k - 1) * S + s] = V{};
+  }
+  for (int64_t i = 0; i < k; i++) {
+#pragma GCC unroll 4
+    for (int s = 0; s < S; s++) {
+      const V gamma = abs(pivot[s] - e[i] * upper[i * S + s]);
+      turn[s] = gamma < least[s] ? all(static_cast<double>(i)) : turn[s];
+      least[s] = gamma < least[s] ? gamma : least[s];
+      const V ratio = e[i] / (abs(pivot[s]) < kLeast ? all(kLeast) : pivot[s]);
+      lower[i * S + s] = ratio;
+      if (i + 1 < k) pivot[s] = d[i + 1] - eigenvalue[s] - e[i] * ratio;
+    }
+  }
+  for (int64_t i = k - 1; i >= 0; i--) {
+    const V row = all(static_cast<double>(i));
+#pragma GCC unroll 4
+    for (int s = 0; s < S; s++) {
+      const V above = -lower[i * S + s] * x[s], zero = {};
+      x[s] = row < turn[s] ? above : row == turn[s] ? all(1) : zero;
+      rows[s * k + i] = x[s];
+      norm[s] += x[s] * x[s];
+    }
+  }
+  for (int64_t i = 1; i < k; i++) {
+    const V row = all(static_cast<double>(i)), zero = {};
+#pragma GCC unroll 4
+    for (int s = 0; s < S; s++) {
+      const V below = -upper[(i - 1) * S + s] * x[s];
+      x[s] = row > turn[s] ? below : rows[s * k + i];
+      rows[s * k + i] = x[s];
+      norm[s] += row > turn[s] ? x[s] * x[s] : zero;
+    }
+  }
+  for (int s = 0; s < S; s++) {
+    const V scale = 1.0 / sqrt(norm[s]);
+    for (int64_t i = 0; i < k; i++) rows[s * k + i] *= scale;
+    residual[s] = scale > 0 ? least[s] * scale : all(1);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ bidiagonal form
@@ -770,7 +844,10 @@ void bidiagonalise(V* a, int64_t m, int64_t k, V* d, V* e, V* work) {
 // Scales d, e to a largest |d_i| + |e_i| + |e_(i-1)| of 1 and squares both; returns what was largest.
 V normalise_bidiagonal(V* d, V* e, int64_t k) {
   const V norm = normalise(d, e, k);
-  for (int64_t i = 0; i < k; i++) d[i] *= d[i];
+  for (int64_t i = 0; i < k; i++) {
+    d[i] *= d[i];
+    e[i] *= e[i];
+  }
   return norm;
 }
 
@@ -854,16 +931,18 @@ void bidiagonal_values(const V* d2, const V* e2, int64_t k, V* values, V* work) 
 
 // Addresses in the workspace of a task.
 struct LaneWork {
-  V* a;                           // [k, k] symmetric form, or [k, long side] columns of the bidiagonalisation
-  V *d, *e;                       // [k, 2] by chain
-  V* work;                        // vectors of one decomposition
-  double *g, *x;                  // Gram matrix [padded k, ld] and rows [kChunk, ld] of one matrix
-  double* sorted;                 // [k]
-  V *z, *tau, *rows, *rotations;  // [k, k], [k], [kBlock, k] and [kSweeps, 2, k], for vectors
-  int64_t* order;                 // [k], for vectors
-  // For gradients, of one matrix: the short side by the long one [padded k, leading(longer)], vectors by rows and by
-  // columns [padded k, ld].
-  double *long_rows, *left, *by_row, *by_column, *product;
+  V* a;                                    // [k, k] symmetric form, or [k, long side] columns of the bidiagonalisation
+  V *d, *e;                                // [k, 2] by chain
+  V* work;                                 // vectors of one decomposition
+  double *g, *x;                           // Gram matrix [padded k, ld] and rows [kChunk, ld] of one matrix
+  double* sorted;                          // [k]
+  V *form_d, *form_e, *tau, *eigenvalues;  // [k] each, for vectors
+  V *z, *rows, *rotations, *gap;           // [k, k], [kBlock, k], [kSweeps, 2, k] and [k], for vectors
+  double* vectors;                         // [W, k, ld]
+  int64_t* order;                          // [W, k] positions of the eigenvalues, descending
+  // For gradients, of one matrix: the short side by the long one [padded k, leading(longer)], weighted vectors by rows
+  // and their product with the vectors [padded k, ld], the result.
+  double *long_rows, *weighted, *symmetric, *product;
   int64_t bytes;
 
   LaneWork(const SpectrumArgs& args, bool bidiagonal, void* workspace) {
@@ -877,21 +956,21 @@ struct LaneWork {
     place(a, k * (bidiagonal ? longer : k));
     place(d, 2 * k);
     place(e, 2 * k);
-    place(work, larger(6 * k, bidiagonal ? 3 * longer + 4 * k : 0));
+    place(work, larger(2 * kTwisted * k, bidiagonal ? 3 * longer + 4 * k : 0));
     place(g, round_up(k, 8) * ld);
     place(x, kChunk * ld);
     place(sorted, k);
     const int64_t vectors = args.basis || args.gradient ? 1 : 0, padded = round_up(k, 8);
+    for (V** pointer : {&form_d, &form_e, &tau, &eigenvalues, &gap}) place(*pointer, vectors * k);
     place(z, vectors * k * round_up(k, kBlock));
-    place(tau, vectors * k);
     place(rows, vectors * kBlock * k);
     place(rotations, vectors * kSweeps * 2 * k);
-    place(order, vectors * k);
+    place(this->vectors, vectors * W * k * ld);
+    place(order, vectors * W * k);
     const int64_t gradients = args.gradient ? 1 : 0;
     place(long_rows, gradients * padded * leading(longer));
-    place(left, gradients * padded * leading(longer));
-    place(by_row, gradients * padded * ld);
-    place(by_column, gradients * padded * ld);
+    place(weighted, gradients * k * ld);
+    place(symmetric, gradients * padded * ld);
     place(product, gradients * larger(padded * leading(longer), round_up(longer, 8) * ld));
   }
 };
@@ -909,18 +988,18 @@ const In* matrix(const SpectrumArgs& args, int64_t b) {
   return static_cast<const In*>(args.a) + b * args.batch_stride;
 }
 
-// Symmetric forms of matrices [first, first + W) into lanes of a.
+// Symmetric forms of matrices [first, first + W) into lanes of a [k, k].
 template <class In>
-void load_symmetric(const SpectrumArgs& args, int64_t first, const Facts* facts, const LaneWork& at) {
+void load_symmetric(const SpectrumArgs& args, int64_t first, const Facts* facts, const LaneWork& at, V* a) {
   const int64_t k = smaller(args.m, args.n), ld = leading(k);
-  double* lanes = reinterpret_cast<double*>(at.a);
+  double* lanes = reinterpret_cast<double*>(a);
   for (int l = 0; l < W; l++) {
-    const int64_t b = smaller(first + l, args.batch - 1);
     if (!facts[l].finite) {
       for (int64_t i = 0; i < k * k; i++) lanes[i * W + l] = 0;
       continue;
     }
-    symmetric_form(args, matrix<In>(args, b), facts[l], at.g, at.x);
+    const int64_t b = smaller(first + l, args.batch - 1);
+    if (l == 0 || b == first + l) symmetric_form(args, matrix<In>(args, b), facts[l], at.g, at.x);
     for (int64_t i = 0; i < k; i++) {
       for (int64_t j = i; j < k; j++) lanes[(i * k + j) * W + l] = at.g[i * ld + j];
     }
@@ -1003,6 +1082,24 @@ void ranks_by_bidiagonal(const SpectrumArgs& args, int64_t first, int64_t end, c
   }
 }
 
+// Tridiagonal form of W matrices: reflections in a [k, k] and tau [k], whose last entry is the row sum by which
+// diagonal d [k] and off-diagonal e [k] are divided; eigenvalues [k] of d, e in any order.
+struct Form {
+  V *a, *tau, *d, *e, *eigenvalues;
+};
+
+// Where the form of matrices [first, first + W) lies: in args.forms, or else in the workspace, without reflections if
+// only values are wanted.
+Form form_of(const SpectrumArgs& args, int64_t first, const LaneWork& at) {
+  const int64_t k = smaller(args.m, args.n);
+  if (!args.forms) {
+    if (args.basis || args.gradient) return {at.a, at.tau, at.form_d, at.form_e, at.eigenvalues};
+    return {at.a, nullptr, at.work + 4 * k, at.work + 5 * k, nullptr};
+  }
+  V* base = reinterpret_cast<V*>(args.forms + first * k * (k + 4));
+  return {base, base + k * k, base + k * (k + 1), base + k * (k + 2), base + k * (k + 3)};
+}
+
 // Counts of a chain pair from their symmetric forms; sets unsure[c * W + l] where the Gram matrix cannot decide.
 void symmetric_ranks(const SpectrumArgs& args, int64_t first, int64_t end, const Facts* facts, const LaneWork& at,
                      const V (&norm)[2], bool* unsure) {
@@ -1045,17 +1142,19 @@ void symmetric_group(const SpectrumArgs& args, int64_t first, int64_t end, const
   const int64_t k = smaller(args.m, args.n);
   V norm[2];
   for (int c = 0; c < 2; c++) {
-    V *d = at.work + 4 * k, *e = d + k;
-    if (first + c * W < end) {  // else the second chain repeats the first
-      load_symmetric<In>(args, first + c * W, facts + c * W, at);
-      tridiagonalise(at.a, k, d, e, nullptr, at.work);
-      norm[c] = normalise(d, e, k);
+    const int64_t b = first + c * W < end ? first + c * W : first;  // the second chain may repeat the first
+    const Form form = form_of(args, b, at);
+    if (b != first || c == 0) {
+      load_symmetric<In>(args, b, facts + c * W, at, form.a);
+      tridiagonalise(form.a, k, form.d, form.e, form.tau, at.work);
+      norm[c] = normalise(form.d, form.e, k);
+      if (form.tau) form.tau[k - 1] = norm[c];
     } else {
       norm[c] = norm[0];
     }
     for (int64_t i = 0; i < k; i++) {
-      at.d[i * 2 + c] = d[i];
-      at.e[i * 2 + c] = e[i];
+      at.d[i * 2 + c] = form.d[i];
+      at.e[i * 2 + c] = form.e[i] * form.e[i];
     }
   }
   if (args.rank) {
@@ -1076,57 +1175,121 @@ void symmetric_group(const SpectrumArgs& args, int64_t first, int64_t end, const
     return;
   }
   eigenvalues<2>(at.d, at.e, k);
+  for (int c = 0; c < 2 && args.forms && first + c * W < end; c++) {
+    const Form form = form_of(args, first + c * W, at);
+    for (int64_t i = 0; i < k; i++) form.eigenvalues[i] = at.d[i * 2 + c];
+  }
   for (int l = 0; l < kPairMatrices && first + l < end; l++)
     store_values<float>(args, first + l, facts[l], reinterpret_cast<double*>(at.d + l / W) + l % W, 2 * W,
                         norm[l / W][l % W], true, at.sorted);
 }
 
-// Eigenvalues (scaled by the norm that is returned) and eigenvectors of the symmetric forms of [first, first + W).
+// order[l]: positions of the eigenvalues of lane l, descending; gap[i]: from eigenvalue i to the nearest other one.
+// The vectors of eigenvalues up to `ignored` of the largest need not be right, unless it is negative: their gap counts
+// as large.
+void sort_lanes(const V* eigenvalues, int64_t k, double ignored, int64_t* order, V* gap) {
+  for (int l = 0; l < W; l++, order += k) {
+    const auto value = [=](int64_t i) { return eigenvalues[i][l]; };
+    for (int64_t i = 0; i < k; i++) {
+      int64_t j = i;
+      for (; j > 0 && value(order[j - 1]) < value(i); j--) order[j] = order[j - 1];
+      order[j] = i;
+    }
+    double before = -kLowest;
+    for (int64_t j = 0; j < k; j++) {
+      const double own = value(order[j]), after = j + 1 < k ? own - value(order[j + 1]) : -kLowest;
+      gap[order[j]][l] = ignored >= 0 && own <= ignored * value(order[0]) ? -kLowest : before < after ? before : after;
+      before = after;
+    }
+  }
+}
+
+// at.vectors by twisted factorisations of the tridiagonal form. Returned: lanes whose vectors may be inaccurate.
+M vectors_by_twisting(const Form& form, int64_t k, int64_t ld, const LaneWork& at) {
+  M unsure = {};
+  for (int64_t i = 0; i < k; i++) unsure |= at.gap[i] < kLeastGap;
+  for (int64_t first = 0; first < k && any(~unsure); first += kBlock) {
+    for (int64_t r = 0; r < kBlock; r += kTwisted) {
+      V eigenvalue[kTwisted], residual[kTwisted];
+      for (int s = 0; s < kTwisted; s++) eigenvalue[s] = form.eigenvalues[smaller(first + r + s, k - 1)];
+      twisted_vectors(form.d, form.e, eigenvalue, k, at.rows + r * k, residual, at.work);
+      for (int s = 0; s < kTwisted; s++)
+        unsure |= ~(residual[s] <= kVectorError * at.gap[smaller(first + r + s, k - 1)]);
+    }
+    apply_reflections(form.a, form.tau, k, k - 2, at.rows);
+    for (int64_t r = 0; r < kBlock && first + r < k; r++) {
+      const double* from = reinterpret_cast<const double*>(at.rows + r * k);
+      for (int l = 0; l < W; l++) {
+        double* to = at.vectors + (l * k + first + r) * ld;
+        for (int64_t j = 0; j < k; j++) to[j] = from[j * W + l];
+      }
+    }
+  }
+  return unsure;
+}
+
+// Replaces vectors and eigenvalues of the lanes in `wanted` by those of the QL iteration.
+void vectors_by_ql(const Form& form, int64_t k, int64_t ld, const LaneWork& at, M wanted) {
+  for (int64_t i = 0; i < k; i++) {
+    at.d[i] = form.d[i];
+    at.e[i] = form.e[i];
+  }
+  accumulate_reflections(form.a, form.tau, k, at.z, at.rows);
+  eigenvectors_by_ql(at.d, at.e, form.eigenvalues, k, at.z, at.rotations);
+  for (int l = 0; l < W; l++) {
+    if (!wanted[l]) continue;
+    for (int64_t i = 0; i < k; i++) form.eigenvalues[i][l] = at.d[i][l];
+    separate_lane(at.z, k, ld, l, at.vectors + l * k * ld);
+  }
+}
+
+// Eigenvectors of the symmetric forms of [first, first + W) in at.vectors, with at.order. Returned: the tridiagonal
+// form, with eigenvalues that belong to the vectors.
 template <class In>
-V decompose(const SpectrumArgs& args, int64_t first, const Facts* facts, const LaneWork& at) {
-  const int64_t k = smaller(args.m, args.n);
-  load_symmetric<In>(args, first, facts, at);
-  tridiagonalise(at.a, k, at.d, at.e, at.tau, at.work);
-  V norm = {};
-  for (int64_t i = 0; i < k; i++) norm = larger(norm, abs(at.d[i]) + abs(at.e[i]) + (i > 0 ? abs(at.e[i - 1]) : V{}));
-  const V factor = norm > 0 ? 1.0 / (norm > 0 ? norm : all(1)) : V{};
-  for (int64_t i = 0; i < k; i++) {
-    at.d[i] *= factor;
-    at.e[i] *= factor;
+Form decompose(const SpectrumArgs& args, int64_t first, const Facts* facts, const LaneWork& at) {
+  const int64_t k = smaller(args.m, args.n), ld = leading(k);
+  Form form = form_of(args, first, at);
+  if (args.forms) {
+    for (int64_t i = 0; i < k; i++) at.eigenvalues[i] = form.eigenvalues[i];
+    form.eigenvalues = at.eigenvalues;
+  } else {
+    load_symmetric<In>(args, first, facts, at, form.a);
+    tridiagonalise(form.a, k, form.d, form.e, form.tau, at.work);
+    form.tau[k - 1] = normalise(form.d, form.e, k);
+    for (int64_t i = 0; i < k; i++) {
+      form.eigenvalues[i] = form.d[i];
+      at.e[i] = form.e[i] * form.e[i];
+    }
+    eigenvalues<1>(form.eigenvalues, at.e, k);
   }
-  accumulate_reflections(at.a, at.tau, k, at.z, at.rows);
-  eigenvectors(at.d, at.e, k, at.z, at.rotations, at.work);
-  separate_lanes(at.z, k, reinterpret_cast<double*>(at.a));  // a is no longer needed
-  return norm;
+  const double ignored = args.gradient ? kResolved : -1;
+  sort_lanes(form.eigenvalues, k, ignored, at.order, at.gap);
+  M unsure = vectors_by_twisting(form, k, ld, at);
+  for (int l = 0; l < W; l++) unsure[l] = facts[l].finite ? unsure[l] : 0;
+  if (any(unsure)) {
+    vectors_by_ql(form, k, ld, at, unsure);
+    sort_lanes(form.eigenvalues, k, ignored, at.order, at.gap);
+  }
+  return form;
 }
 
-// Positions of the eigenvalues of lane l, descending.
-void sort_lane(const LaneWork& at, int64_t k, int l) {
-  const double* value = reinterpret_cast<double*>(at.d) + l;
-  for (int64_t i = 0; i < k; i++) {
-    int64_t j = i;
-    for (; j > 0 && value[at.order[j - 1] * W] < value[i * W]; j--) at.order[j] = at.order[j - 1];
-    at.order[j] = i;
-  }
-}
-
-// Eigenvector number i of lane l, after sort_lane.
+// Eigenvector number i of lane l, in descending order.
 ND_INLINE const double* vector_of(const LaneWork& at, int64_t k, int64_t i, int l) {
-  return reinterpret_cast<const double*>(at.a) + (l * k + at.order[i]) * k;
+  return at.vectors + (l * k + at.order[l * k + i]) * leading(k);
 }
 
 // Singular values and vectors of matrices [first, first + W).
 template <class In>
 void basis_group(const SpectrumArgs& args, int64_t first, int64_t end, const Facts* facts, const LaneWork& at) {
   const int64_t k = smaller(args.m, args.n);
-  const V norm = decompose<In>(args, first, facts, at);
+  const Form form = decompose<In>(args, first, facts, at);
+  const V norm = form.tau[k - 1];
   for (int l = 0; l < W && first + l < end; l++) {
-    sort_lane(at, k, l);
     const Scale unscale(-facts[l].exponent);
     double* values = static_cast<double*>(args.values) + (first + l) * k;
     double* basis = args.basis + (first + l) * k * k;
     for (int64_t i = 0; i < k; i++) {
-      const double squared = larger(at.d[at.order[i]][l], 0.0) * norm[l];
+      const double squared = larger(form.eigenvalues[at.order[l * k + i]][l], 0.0) * norm[l];
       values[i] = facts[l].finite ? unscale(__builtin_sqrt(squared)) : nan_of<double>();
       const double* v = vector_of(at, k, i, l);
       for (int64_t j = 0; j < k; j++) basis[i * k + j] = facts[l].finite ? v[j] : nan_of<double>();
@@ -1149,9 +1312,20 @@ void load_long_rows(const SpectrumArgs& args, const In* a, const Scale& scale, d
   }
 }
 
-// dL/da = sum_i g_i (a v_i) v_i' / |a v_i| of matrix b, lane l (or its transpose, of a wide matrix).
+// |a v| from the short side of a by its long one in rows.
+double length_of_image(const double* rows, int64_t ldl, const double* v, int64_t k, int64_t padded_long,
+                       double* image) {
+  std::memset(image, 0, static_cast<size_t>(padded_long) * sizeof(double));
+  for (int64_t i = 0; i < k; i++) {
+    for (int64_t j = 0; j < padded_long; j++) image[j] += v[i] * rows[i * ldl + j];
+  }
+  return __builtin_sqrt(dot(image, image, padded_long));
+}
+
+// dL/da = a sum_i (g_i / sigma_i) v_i v_i' of matrix b, lane l (or its transpose, of a wide matrix).
 template <class In>
-void lane_gradient(const SpectrumArgs& args, int64_t b, int l, const Facts& facts, const LaneWork& at) {
+void lane_gradient(const SpectrumArgs& args, int64_t b, int l, const Facts& facts, const Form& form,
+                   const LaneWork& at) {
   const int64_t k = smaller(args.m, args.n), longer = larger(args.m, args.n), ld = leading(k), ldl = leading(longer);
   const int64_t padded = round_up(k, 8), padded_long = round_up(longer, 8);
   float* out = args.gradient + b * args.m * args.n;
@@ -1160,29 +1334,34 @@ void lane_gradient(const SpectrumArgs& args, int64_t b, int l, const Facts& fact
     for (int64_t i = 0; i < args.m * args.n; i++) out[i] = nan_of<float>();
     return;
   }
-  sort_lane(at, k, l);
-  const double top = at.d[at.order[0]][l];
-  std::memset(at.by_row, 0, static_cast<size_t>(padded * ld) * sizeof(double));
-  std::memset(at.by_column, 0, static_cast<size_t>(padded * ld) * sizeof(double));
-  for (int64_t i = 0; i < k; i++) {
-    const double* v = vector_of(at, k, i, l);
-    std::memcpy(at.by_row + i * ld, v, static_cast<size_t>(k) * sizeof(double));
-    for (int64_t j = 0; j < k; j++) at.by_column[j * ld + i] = v[j];
-  }
   load_long_rows(args, matrix<In>(args, b), Scale(facts.exponent), at.long_rows);
-  multiply(at.by_column, ld, at.long_rows, ldl, k, padded, padded_long, at.left, ldl);  // a v_i in rows
+  double* vectors = at.vectors + l * k * ld;
+  const double top = form.eigenvalues[at.order[l * k]][l], norm = form.tau[k - 1][l];
   for (int64_t i = 0; i < k; i++) {
-    const double g = args.value_gradient[b * k + i];
-    double* row = at.left + i * ldl;
-    const double norm = __builtin_sqrt(dot(row, row, padded_long)), factor = norm > 0 ? g / norm : 0;
-    if (g != 0 && top > 0 && at.d[at.order[i]][l] <= kResolved * top) args.unresolved[b] = true;
-    for (int64_t j = 0; j < padded_long; j++) row[j] *= factor;
+    const int64_t place = at.order[l * k + i];
+    double *v = vectors + place * ld, *row = at.weighted + place * ld;
+    const double g = args.value_gradient[b * k + i], squared = form.eigenvalues[place][l];
+    double sigma = __builtin_sqrt(larger(squared, 0.0) * norm);
+    if (squared <= kResolved * top) {
+      if (g != 0 && top > 0) args.unresolved[b] = true;
+      sigma = 0;
+    } else if (squared <= kRefined * top && g != 0) {
+      sigma = length_of_image(at.long_rows, ldl, v, k, padded_long, at.product);
+    }
+    const double weight = sigma > 0 ? g / sigma : 0;
+    for (int64_t j = 0; j < k; j++) row[j] = weight * v[j];
+    for (int64_t j = k; j < padded; j++) row[j] = v[j] = 0;
+  }
+  std::memset(at.symmetric, 0, static_cast<size_t>(padded * ld) * sizeof(double));
+  multiply_upper(at.weighted, vectors, ld, k, 0, padded, at.symmetric, ld);
+  for (int64_t i = 0; i < k; i++) {
+    for (int64_t j = 0; j < i; j++) at.symmetric[i * ld + j] = at.symmetric[j * ld + i];
   }
   const bool tall = args.m >= args.n;
   if (tall) {
-    multiply(at.left, ldl, at.by_row, ld, k, padded_long, padded, at.product, ld);
+    multiply(at.long_rows, ldl, at.symmetric, ld, k, padded_long, padded, at.product, ld);
   } else {
-    multiply(at.by_row, ld, at.left, ldl, k, padded, padded_long, at.product, ldl);
+    multiply(at.symmetric, ld, at.long_rows, ldl, k, padded, padded_long, at.product, ldl);
   }
   const int64_t stride = tall ? ld : ldl;
   for (int64_t i = 0; i < args.m; i++) {
@@ -1192,8 +1371,8 @@ void lane_gradient(const SpectrumArgs& args, int64_t b, int l, const Facts& fact
 
 template <class In>
 void gradient_group(const SpectrumArgs& args, int64_t first, int64_t end, const Facts* facts, const LaneWork& at) {
-  decompose<In>(args, first, facts, at);
-  for (int l = 0; l < W && first + l < end; l++) lane_gradient<In>(args, first + l, l, facts[l], at);
+  const Form form = decompose<In>(args, first, facts, at);
+  for (int l = 0; l < W && first + l < end; l++) lane_gradient<In>(args, first + l, l, facts[l], form, at);
 }
 
 // Matrices [first, first + W) of float64 through their bidiagonal forms.
@@ -1221,8 +1400,9 @@ void lane_groups(const SpectrumArgs& args, int64_t begin, int64_t end, void* wor
   for (int64_t first = begin; first < end; first += kPairMatrices) {
     Facts facts[kPairMatrices];
     for (int64_t l = 0; l < kPairMatrices; l++) {
-      const In* a = matrix<In>(args, smaller(first + l, args.batch - 1));
-      facts[l] = facts_of(a, args.m, args.n, args.row_stride);
+      const bool repeated = l > 0 && first + l >= args.batch;
+      facts[l] = repeated ? facts[args.batch - 1 - first]
+                          : facts_of(matrix<In>(args, first + l), args.m, args.n, args.row_stride);
     }
     if (args.gradient) {
       gradient_group<In>(args, first, end, facts, at);

@@ -3,9 +3,15 @@
 //   svdvals         singular values of [B, m, n], descending; NaN where a matrix is not finite
 //   matrix_rank     their numbers above max(atol, rtol sigma_1) for several rtol; -1 where a matrix is not finite
 //   singular_basis  float64 singular values, and singular vectors of the shorter side as rows, of a not in float64
+//   svdvals_with_form  svdvals of a not in float64, and the tridiagonal forms that its gradient starts from
 //   svdvals_gradient  sum_i g_i u_i v_i' of a not in float64, and which matrices the Gram matrix does not resolve
 //
-// Kernels: csrc/cpu/spectrum.cpp. CUDA tensors go to the PyTorch reference, registered from Python.
+//   svdvals_device, matrix_rank_device  the first two on CUDA, for min(m, n) <= ND_SPECTRUM_LONGEST; Python decides
+//   when
+//                   a CUDA tensor goes there. The others take float64 too on CUDA, and resolve every matrix.
+//
+// Kernels: csrc/cpu/spectrum.cpp, csrc/cuda/spectrum.cu.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,24 +30,22 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda_library.hpp"
 #include "neuraldeps/cpu_api.h"
+#include "neuraldeps/cuda_api.h"
 #include "neuraldeps/nvtx.hpp"
+#include "neuraldeps/spectrum_problem.hpp"
 #include "tensors.hpp"
 
 namespace {
 
 using nd::invalid;
 using nd::cpu::Dtype;
+using nd::cpu::short_side;
+using nd::cpu::spectrum_left_to_lapack;
 using nd::cpu::SpectrumArgs;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Where the lanes of the kernel stop to pay: measured against LAPACK (benchmarks/bench_spectrum.py).
-constexpr int64_t kLongestValues = 256;       // short side of values by lanes
-constexpr int64_t kLongestFloat64 = 128;      // the same of float64
-constexpr int64_t kFullLanes = 4;             // smaller batches leave most lanes empty,
-constexpr int64_t kShortWithEmptyLanes = 64;  // which matters beyond this short side
-constexpr int64_t kSerialWork = 1 << 18;      // multiply-adds that are not worth a second thread
 
 // Arguments of the matrices `a` [B, m, n], which may be replaced by a copy with contiguous rows.
 SpectrumArgs problem(Tensor& a, bool hermitian) {
@@ -63,36 +67,10 @@ SpectrumArgs problem(Tensor& a, bool hermitian) {
   return args;
 }
 
-int64_t short_side(const SpectrumArgs& args) { return std::min(args.m, args.n); }
-int64_t long_side(const SpectrumArgs& args) { return std::max(args.m, args.n); }
-
-// Whether LAPACK is faster: decided by shape and dtype alone.
-bool left_to_lapack(const SpectrumArgs& args) {
-  const int64_t k = short_side(args);
-  const bool few = args.batch < kFullLanes;
-  if (args.hermitian) return false;
-  if (args.dtype == Dtype::kFloat64) return few || k > kLongestFloat64 || long_side(args) > 2 * k;
-  return args.rank == nullptr && (few ? k > kShortWithEmptyLanes : k > kLongestValues);
-}
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
 // Runs the kernel over the batch, by all threads if that pays.
 void run(const SpectrumArgs& args) {
-  const nd::cpu::Kernels& kernels = nd::cpu::kernels();
-  const nd::cpu::SpectrumPlan plan = kernels.spectrum_plan(args);
-  const int64_t k = short_side(args), threads = torch::stable::get_num_threads();
-  // Half a group costs more a matrix, with the same result: only for threads that would wait otherwise.
-  const int64_t group = plan.group > 1 && args.batch < threads * plan.group ? plan.group / 2 : plan.group;
-  const int64_t tasks = (args.batch + group - 1) / group;
-  const int64_t work = group * k * k * (long_side(args) + k);
-  const int64_t grain = std::max<int64_t>(1, kSerialWork / std::max<int64_t>(work, 1));
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, Free> workspace(std::aligned_alloc(64, static_cast<size_t>(plan.workspace_bytes)));
-    if (!workspace) throw std::bad_alloc();
-    kernels.spectrum(args, begin * group, std::min(end * group, args.batch), workspace.get());
+  nd::cpu::run_spectrum(args, torch::stable::get_num_threads(), [](int64_t count, int64_t grain, const auto& f) {
+    torch::stable::parallel_for(0, count, grain, f);
   });
 }
 
@@ -172,7 +150,7 @@ Tensor svdvals_cpu(Tensor a) {
   ND_RANGE("svdvals");
   SpectrumArgs args = problem(a, false);
   const ScalarType dtype = args.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  if (args.batch > 0 && short_side(args) > 0 && left_to_lapack(args)) return values_by_lapack(a);
+  if (args.batch > 0 && short_side(args) > 0 && spectrum_left_to_lapack(args)) return values_by_lapack(a);
   Tensor values = nd::empty({args.batch, short_side(args)}, dtype, a);
   if (values.numel() == 0) return values;
   args.values = values.mutable_data_ptr();
@@ -180,10 +158,11 @@ Tensor svdvals_cpu(Tensor a) {
   return values;
 }
 
-Tensor matrix_rank_cpu(Tensor a, Tensor rtol, double atol, bool hermitian) {
-  ND_RANGE("matrix_rank");
-  SpectrumArgs args = problem(a, hermitian);
-  if (rtol.dim() != 1 || rtol.scalar_type() != ScalarType::Double) invalid("rtol must be float64 [R]");
+// The tolerances of args or of NdSpectrumArgs; rtol may be replaced by a contiguous copy.
+template <class Args>
+void set_tolerances(Args& args, Tensor& rtol, double atol) {
+  if (rtol.dim() != 1 || rtol.scalar_type() != ScalarType::Double || !rtol.is_cpu())
+    invalid("rtol must be float64 [R] on the CPU");
   rtol = torch::stable::contiguous(rtol);
   args.rtol = static_cast<const double*>(rtol.const_data_ptr());
   args.num_rtol = rtol.numel();
@@ -192,11 +171,17 @@ Tensor matrix_rank_cpu(Tensor a, Tensor rtol, double atol, bool hermitian) {
     if (!(args.rtol[r] >= 0)) invalid("rtol must not be negative or NaN, not " + std::to_string(args.rtol[r]));
   }
   if (!(atol >= 0)) invalid("atol must not be negative or NaN, not " + std::to_string(atol));
+}
+
+Tensor matrix_rank_cpu(Tensor a, Tensor rtol, double atol, bool hermitian) {
+  ND_RANGE("matrix_rank");
+  SpectrumArgs args = problem(a, hermitian);
+  set_tolerances(args, rtol, atol);
   Tensor rank = nd::empty({args.batch, args.num_rtol}, ScalarType::Long, a);
   args.rank = static_cast<int64_t*>(rank.mutable_data_ptr());
   if (rank.numel() == 0) return rank;
   if (short_side(args) == 0) return torch::stable::zero_(rank);
-  if (left_to_lapack(args)) {
+  if (spectrum_left_to_lapack(args)) {
     count_by_lapack(args, a, 0, args.batch);
     return rank;
   }
@@ -227,15 +212,45 @@ std::tuple<Tensor, Tensor> singular_basis_cpu(Tensor a) {
   return {values, basis};
 }
 
-std::tuple<Tensor, Tensor> svdvals_gradient_cpu(Tensor grad, Tensor a) {
+std::tuple<Tensor, Tensor> svdvals_with_form_cpu(Tensor a) {
+  ND_RANGE("svdvals_with_form");
+  if (a.dim() == 3 && a.stride(2) != 1) a = torch::stable::contiguous(a);  // not its transpose: as in the gradient
+  SpectrumArgs args = problem(a, false);
+  check_not_float64(args);
+  const int64_t k = short_side(args);
+  Tensor values = nd::empty({args.batch, k}, ScalarType::Float, a);
+  Tensor form = nd::empty({nd::cpu::spectrum_forms(args.batch, k)}, ScalarType::Double, a);
+  if (values.numel() == 0) return {values, form};
+  args.values = values.mutable_data_ptr();
+  args.forms = static_cast<double*>(form.mutable_data_ptr());
+  run(args);
+  return {values, form};
+}
+
+void check_gradient(const Tensor& grad, const Tensor& a, ScalarType dtype) {
+  if (grad.dim() != 2 || grad.size(0) != a.size(0) || grad.size(1) != std::min(a.size(1), a.size(2)) ||
+      grad.scalar_type() != dtype)
+    invalid("grad must be [B, min(m, n)] beside a [B, m, n], float64 for float64 a, else float32");
+}
+
+std::tuple<Tensor, Tensor> svdvals_gradient_cpu(Tensor grad, Tensor a, std::optional<Tensor> form) {
   ND_RANGE("svdvals_gradient");
   if (a.dim() == 3 && a.stride(2) != 1) a = torch::stable::contiguous(a);  // the result has the layout of a
   SpectrumArgs args = problem(a, false);
   check_not_float64(args);
-  if (grad.dim() != 2 || grad.size(0) != args.batch || grad.size(1) != short_side(args) ||
-      grad.scalar_type() != ScalarType::Float)
-    invalid("grad must be float32 [B, min(m, n)] beside a [B, m, n]");
+  check_gradient(grad, a, ScalarType::Float);
   grad = torch::stable::contiguous(grad);
+  if (form) {
+    if (form->dim() != 1 || form->numel() != nd::cpu::spectrum_forms(args.batch, short_side(args)) ||
+        form->scalar_type() != ScalarType::Double || form->stride(0) != 1)
+      invalid("form must be that of svdvals_with_form of the same a");
+    if (reinterpret_cast<uintptr_t>(form->const_data_ptr()) % 64) {  // a hook on saved tensors may have moved it
+      Tensor aligned = nd::empty({form->numel()}, ScalarType::Double, a);
+      torch::stable::copy_(aligned, *form);
+      form = aligned;
+    }
+    args.forms = static_cast<double*>(form->mutable_data_ptr());
+  }
   Tensor gradient = nd::empty({args.batch, args.m, args.n}, ScalarType::Float, a);
   Tensor unresolved = nd::empty({args.batch}, ScalarType::Bool, a);
   if (gradient.numel() == 0) return {gradient, torch::stable::zero_(unresolved)};
@@ -246,18 +261,115 @@ std::tuple<Tensor, Tensor> svdvals_gradient_cpu(Tensor grad, Tensor a) {
   return {gradient, unresolved};
 }
 
+// ---- CUDA: nothing waits for the device ----
+
+// Arguments of the matrices `a` as by problem().
+NdSpectrumArgs device_problem(Tensor& a, bool hermitian) {
+  const SpectrumArgs host = problem(a, hermitian);
+  if (short_side(host) > ND_SPECTRUM_LONGEST)
+    invalid("min(m, n) must be at most " + std::to_string(ND_SPECTRUM_LONGEST) + " on CUDA");
+  NdSpectrumArgs args = {};
+  args.a = host.a;
+  args.dtype = static_cast<int32_t>(host.dtype);  // numbered alike
+  args.batch = host.batch;
+  args.m = host.m;
+  args.n = host.n;
+  args.batch_stride = host.batch_stride;
+  args.row_stride = host.row_stride;
+  args.hermitian = hermitian;
+  return args;
+}
+
+ScalarType value_type(const Tensor& a) {
+  return a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void run_on_device(const NdSpectrumArgs& args, const Tensor& a) {
+  const auto bytes = static_cast<int64_t>(ND_CUDA(nd_spectrum_workspace)(&args));
+  Tensor workspace = nd::empty({bytes}, ScalarType::Byte, a);
+  void* const stream = nd::current_cuda_stream(a.get_device_index());
+  nd::check_cuda(ND_CUDA(nd_spectrum)(&args, workspace.mutable_data_ptr(), stream), "spectrum");
+}
+
+Tensor svdvals_cuda(Tensor a) {
+  ND_RANGE("svdvals");
+  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+  NdSpectrumArgs args = device_problem(a, false);
+  Tensor values = nd::empty({args.batch, std::min(args.m, args.n)}, value_type(a), a);
+  if (values.numel() == 0) return values;
+  args.values = values.mutable_data_ptr();
+  run_on_device(args, a);
+  return values;
+}
+
+Tensor matrix_rank_cuda(Tensor a, Tensor rtol, double atol, bool hermitian) {
+  ND_RANGE("matrix_rank");
+  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+  NdSpectrumArgs args = device_problem(a, hermitian);
+  set_tolerances(args, rtol, atol);
+  Tensor rank = nd::empty({args.batch, args.num_rtol}, ScalarType::Long, a);
+  if (rank.numel() == 0) return rank;
+  if (std::min(args.m, args.n) == 0) return torch::stable::zero_(rank);
+  args.rank = static_cast<int64_t*>(rank.mutable_data_ptr());
+  run_on_device(args, a);
+  return rank;
+}
+
+std::tuple<Tensor, Tensor> singular_basis_cuda(Tensor a) {
+  ND_RANGE("singular_basis");
+  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+  NdSpectrumArgs args = device_problem(a, false);
+  const int64_t k = std::min(args.m, args.n);
+  Tensor values = nd::empty({args.batch, k}, ScalarType::Double, a);
+  Tensor basis = nd::empty({args.batch, k, k}, ScalarType::Double, a);
+  if (values.numel() == 0) return {values, basis};
+  args.values = values.mutable_data_ptr();
+  args.basis = static_cast<double*>(basis.mutable_data_ptr());
+  run_on_device(args, a);
+  return {values, basis};
+}
+
+std::tuple<Tensor, Tensor> svdvals_gradient_cuda(Tensor grad, Tensor a, std::optional<Tensor> form) {
+  ND_RANGE("svdvals_gradient");
+  if (form) invalid("form must be None on CUDA");
+  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+  if (a.dim() == 3 && a.stride(2) != 1) a = torch::stable::contiguous(a);  // the result has the layout of a
+  NdSpectrumArgs args = device_problem(a, false);
+  check_gradient(grad, a, value_type(a));
+  grad = torch::stable::contiguous(grad);
+  Tensor gradient = nd::empty({args.batch, args.m, args.n}, value_type(a), a);
+  Tensor unresolved = nd::empty({args.batch}, ScalarType::Bool, a);
+  torch::stable::zero_(unresolved);
+  if (gradient.numel() == 0) return {gradient, unresolved};
+  args.value_gradient = grad.const_data_ptr();
+  args.gradient = gradient.mutable_data_ptr();
+  run_on_device(args, a);
+  return {gradient, unresolved};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(neuraldeps, m) {
   m.def("svdvals(Tensor a) -> Tensor");
+  m.def("svdvals_device(Tensor a) -> Tensor");
+  m.def("matrix_rank_device(Tensor a, Tensor rtol, float atol, bool hermitian) -> Tensor");
   m.def("matrix_rank(Tensor a, Tensor rtol, float atol, bool hermitian) -> Tensor");
   m.def("singular_basis(Tensor a) -> (Tensor values, Tensor basis)");
-  m.def("svdvals_gradient(Tensor grad, Tensor a) -> (Tensor gradient, Tensor unresolved)");
+  m.def("svdvals_with_form(Tensor a) -> (Tensor values, Tensor form)");
+  m.def("svdvals_gradient(Tensor grad, Tensor a, Tensor? form=None) -> (Tensor gradient, Tensor unresolved)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(neuraldeps, CPU, m) {
   m.impl("svdvals", TORCH_BOX(&svdvals_cpu));
   m.impl("matrix_rank", TORCH_BOX(&matrix_rank_cpu));
   m.impl("singular_basis", TORCH_BOX(&singular_basis_cpu));
+  m.impl("svdvals_with_form", TORCH_BOX(&svdvals_with_form_cpu));
   m.impl("svdvals_gradient", TORCH_BOX(&svdvals_gradient_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(neuraldeps, CUDA, m) {
+  m.impl("svdvals_device", TORCH_BOX(&svdvals_cuda));
+  m.impl("matrix_rank_device", TORCH_BOX(&matrix_rank_cuda));
+  m.impl("singular_basis", TORCH_BOX(&singular_basis_cuda));
+  m.impl("svdvals_gradient", TORCH_BOX(&svdvals_gradient_cuda));
 }

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 AUTHORS_LAM = 20.0
+OUR_LAM_RATIO = 0.1
+FEW_POSITIVES = 10
 SAMPLE_SETS = ("positives", "negatives", "all")
 
 
@@ -89,12 +91,38 @@ class IndependenceDeficit:
     def describe(self) -> str:
         """One sentence: what was fitted and what it was measured on."""
         s = self.settings
-        penalty = f"penalty {s['lam']:g}" if s["lam"] is not None else f"penalty {s['lam_ratio']:g} of lambda_max"
+        penalty = self._penalty()
         rows = "the positives" if s["positives_only"] else "all samples"
         kept = "" if s["top_k"] is None else f", the {s['top_k']} largest coefficients kept"
         where = "other samples" if s["evaluated_on_other_samples"] else "the samples of the fit"
         centre = "centred" if s["center"] else "uncentred"
-        return f"{len(self.categories)} categories from {rows} of each, {centre}, {penalty}{kept}; measured on {where}"
+        labels = "" if s["given_labels"] else "; labels are the network's own argmax"
+        return (
+            f"{len(self.categories)} categories from {rows} of each, {centre}, {penalty}{kept}; measured on {where}"
+            f"{labels}"
+        )
+
+    def cautions(self) -> list[str]:
+        """What a reader of the numbers must know."""
+        found = []
+        if self.skipped:
+            found.append(f"deficit: {self.skipped} of {len(self.class_names)} categories have no two positives")
+        few = sum(category.positives < FEW_POSITIVES for category in self.categories)
+        if few and self.settings["positives_only"] and not self.settings["evaluated_on_other_samples"]:
+            found.append(
+                f"deficit: {few} categories are fitted to and measured on fewer than {FEW_POSITIVES} samples, which "
+                "flatters them; the authors had 50"
+            )
+        empty = sum(not category.predictors for category in self.categories)
+        if empty:
+            found.append(
+                f"deficit: {empty} categories have no predictor: {self._penalty()} is at least their lambda_max"
+            )
+        return found
+
+    def _penalty(self) -> str:
+        lam, ratio = self.settings["lam"], self.settings["lam_ratio"]
+        return f"penalty {lam:g}" if lam is not None else f"penalty {ratio:g} of lambda_max"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able values; NaN and infinity become None."""
@@ -104,6 +132,7 @@ class IndependenceDeficit:
         ]
         content = {
             "what": self.describe(),
+            "cautions": self.cautions(),
             "settings": self.settings,
             "skipped_categories": self.skipped,
             "categories": rows,
@@ -130,10 +159,10 @@ class IndependenceDeficit:
         from rich.table import Table
 
         table = Table(title=self.describe(), title_justify="left", title_style="", caption_justify="left")
-        table.add_column("category", no_wrap=True)
-        for name in ("m", "lam/max", "k", "logit err.", "prob. err.", "accuracy", "after"):
+        table.add_column("category", no_wrap=True, max_width=24)
+        for name in ("m", "ratio", "k", "logit", "prob.", "top 1", "after"):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column(f"dependency (at most {top} shown)", ratio=1)
+        table.add_column(f"dependency (at most {top} terms)", min_width=12)
         row_of = {found.category: found for found in self.categories}
         by_error = sorted(self.categories, key=lambda found: found.replaced["positives"].logit_relative_error)
         for found in by_error[:count] if categories is None else [row_of[category] for category in categories]:
@@ -144,10 +173,20 @@ class IndependenceDeficit:
             numbers = (str(found.positives), cell(found.lam_ratio), str(len(found.predictors)))
             table.add_row(self.class_names[found.category], *numbers, *map(cell, shares), terms)
         table.caption = (
-            "On the positives: mean relative error of the replaced logit and of its softmax probability; accuracy: "
-            "share whose argmax is the category, before and after."
+            "m: positives; ratio: penalty over lambda_max. On the positives: mean relative error of the replaced logit "
+            "and of its softmax probability; share whose argmax is the category, before and after."
         )
         return table
+
+    def plot(self, path: str | Path) -> Path:
+        """Writes errors by number of predictors and the clearest dependencies as one PNG.
+
+        Needs matplotlib. Returns the path.
+        """
+        from neuraldeps_kernels.analysis import rank_plots
+
+        rank_plots.deficits({"": self}).savefig(path, dpi=rank_plots.DPI)
+        return Path(path)
 
 
 def independence_deficit(

@@ -1,4 +1,5 @@
-"""Figure of a rank profile: ranks by depth, decay of the Jacobian's singular values, accuracy by dimension.
+"""Figures of a rank profile (ranks by depth, decay of the Jacobian's singular values, accuracy by dimension) and of
+independence deficits.
 
 Drawn on a figure of its own, without pyplot: nothing global changes, no display is needed.
 """
@@ -6,6 +7,7 @@ Drawn on a figure of its own, without pyplot: nothing global changes, no display
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +18,13 @@ from matplotlib.figure import Figure
 from neuraldeps_kernels.analysis.plots import BLUE, DPI, GREY, ORANGE, PURPLE
 
 if TYPE_CHECKING:
+    from neuraldeps_kernels.analysis.independence_deficit import IndependenceDeficit
     from neuraldeps_kernels.analysis.rank_profile import ClassificationDimension, JacobianRanks, RankProfile
 
-__all__ = ["DPI", "profile"]
+__all__ = ["DPI", "deficits", "profile"]
+
+_DEPENDENCIES = 12  # a panel
+_TERMS = 3  # of a dependency that are written out
 
 _COUNTS = {
     "jacobian": (BLUE, "o-", "Jacobian, authors' rule"),
@@ -84,6 +90,45 @@ def _accuracy(axes: Axes, found: ClassificationDimension) -> None:
     axes.set(xlabel="principal components kept", ylim=(0, 1.03))
     axes.set_ylabel("accuracy" if found.true_labels else "agreement with the own argmax")
     axes.set_title(f"Classification dimension {found.dimension} of {found.width}", fontsize=10, loc="left")
+    _tidy(axes)
+
+
+def deficits(found: Mapping[str, IndependenceDeficit]) -> Figure:
+    """Relative logit error on the positives by number of predictors, and the dependencies of least error of each."""
+    figure = Figure(figsize=(5 + 6.2 * len(found), 5.2), layout="constrained")
+    axes = figure.subplots(1, 1 + len(found), squeeze=False, width_ratios=[1.0] + [1.3] * len(found))[0]
+    colors = [BLUE, ORANGE, PURPLE]
+    for index, (name, deficit) in enumerate(found.items()):
+        pairs = [(len(c.predictors), c.replaced["positives"].logit_relative_error) for c in deficit.categories]
+        number, error = np.array(pairs, dtype=float).reshape(-1, 2).T
+        axes[0].plot(number, error, "o", color=colors[index % 3], ms=4, alpha=0.6, label=name)
+        _clearest(axes[1 + index], deficit, colors[index % 3])
+        axes[1 + index].set_title(
+            textwrap.fill(f"{name}: {deficit.describe()}".lstrip(": "), 62), fontsize=9, loc="left"
+        )
+    axes[0].set(xlabel="predictors", ylabel="mean relative error of the replaced logit", ylim=(0, None))
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_title("Every category, on its positives", fontsize=10, loc="left")
+    if any(found):
+        axes[0].legend(fontsize=8, frameon=False)
+    _tidy(axes[0])
+    return figure
+
+
+def _clearest(axes: Axes, deficit: IndependenceDeficit, color: str) -> None:
+    """Bars of the least relative logit errors, with the largest terms of their dependencies."""
+    with_terms = [category for category in deficit.categories if category.predictors]
+    shown = sorted(with_terms, key=lambda c: c.replaced["positives"].logit_relative_error)[:_DEPENDENCIES]
+    errors = [category.replaced["positives"].logit_relative_error for category in shown]
+    short = [textwrap.shorten(name, 22, placeholder="…") for name in deficit.class_names]
+    axes.barh(np.arange(len(shown)), errors, color=color, alpha=0.35)
+    for row, category in enumerate(shown):
+        terms = list(zip(category.predictors, category.coefficients, strict=True))
+        text = ", ".join(f"{value:+.2f} {short[j]}" for j, value in terms[:_TERMS])
+        axes.text(0, row, f" {text}{', …' if len(terms) > _TERMS else ''}", va="center", fontsize=7)
+    axes.set_yticks(np.arange(len(shown)), [short[category.category] for category in shown], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("mean relative error of the replaced logit")
     _tidy(axes)
 
 

@@ -248,7 +248,8 @@ class RankProfile:
         """A rich table: a row a layer, means over inputs, of the counts ± their standard errors."""
         from rich.table import Table
 
-        table = Table(title=self.describe(), title_justify="left", title_style="", caption_justify="left")
+        style: dict[str, Any] = {"title_justify": "left", "title_style": "", "caption_justify": "left"}
+        table = Table(title=self.describe(), min_width=None if self.layers else 76, **style)
         table.add_column("layer", no_wrap=True)
         names = {"jacobian": "J rank", "jacobian_default": "default", "jacobian_stable": "stable"}
         names |= {"jacobian_effective": "entropy", "pca": "PCA dim."}

@@ -4,11 +4,12 @@
 
 Operators on [B, m, n]:
 
-- `torch.ops.neuraldeps.svdvals`, `.matrix_rank`: csrc/torch/spectrum.cpp, csrc/cpu/spectrum.cpp.
+- `torch.ops.neuraldeps.svdvals`, `.matrix_rank`: csrc/torch/spectrum.cpp, csrc/cpu/spectrum.cpp, csrc/cuda/spectrum.cu.
 - `torch.ops.neuraldeps.low_rank_project`: products with the leading singular vectors.
 - `.svdvals_backward` and `.low_rank_project_backward`: their gradients, which have no gradient themselves.
 
-CUDA tensors go to the PyTorch reference.
+On CUDA nothing waits for the device, except in PyTorch's own functions: those serve, in float64, what is too long for
+our kernels (`_LONGEST_ON_CUDA`, `_LONGEST_BASIS_ON_CUDA`), and everything where the CUDA library does not load.
 
 Source: papers of section "Spectra and rank"; the counting without an SVD and the gradient of the truncation are ours.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from neuraldeps_kernels.profiling import annotated
 from neuraldeps_kernels.reference import spectrum as reference
@@ -35,6 +37,11 @@ _EPS32 = 2.0**-23
 # beyond. The gradient of the values holds both sides of one matrix in its work space.
 _LONGEST_BASIS, _LONGEST_BASIS_OF_FEW, _FEW, _LONGEST_SIDE = 256, 32, 4, 4096
 
+# The same on CUDA, where a matrix has one block: of values and ranks (ND_SPECTRUM_LONGEST of cuda_api.h), and of
+# vectors, whose rotations cost ten times as much.
+_LONGEST_ON_CUDA = 1024
+_LONGEST_BASIS_ON_CUDA, _LONGEST_BASIS_OF_FEW_ON_CUDA, _FEW_ON_CUDA = 512, 160, 16
+
 
 @annotated
 def svdvals(a: Tensor, *, check: bool = False) -> Tensor:
@@ -47,11 +54,12 @@ def svdvals(a: Tensor, *, check: bool = False) -> Tensor:
     Returns:
         [..., min(m, n)], float64 for float64 `a`, else float32, with errors of a few last digits of sigma_1 at most. A
         matrix with NaN or infinity has NaN values. Differentiable once: the gradient of sigma_i is u_i v_i', one choice
-        of it where values repeat, and 0 for a vanishing sigma_i.
+        of it where values repeat, and 0 for a vanishing sigma_i. What backward needs is kept: k (k + 4) float64 numbers
+        a matrix, k = min(m, n), or singular vectors where LAPACK serves.
 
         On the CPU a value depends on its own matrix alone, to the last bit, but for one step: batches of fewer than 4
-        matrices go to LAPACK beyond min(m, n) = 64 (in float64 always), larger ones beyond 256 (in float64 beyond 128,
-        or where one side is more than twice the other).
+        matrices go to LAPACK beyond min(m, n) = 64 (a single one beyond 32, in float64 always), larger ones beyond 256
+        (in float64 beyond 128, or where one side is more than twice the other). On CUDA it does up to 1024.
 
     Raises:
         ValueError: `a` has fewer than 2 dimensions; with `check`, it holds NaN or infinity.
@@ -63,8 +71,8 @@ def svdvals(a: Tensor, *, check: bool = False) -> Tensor:
     flat = _flat(a)
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(flat):
         return _as_batch(_Svdvals.apply(flat), a)  # type: ignore[no-untyped-call]
-    if flat.requires_grad and torch.is_grad_enabled() and not _gradient_by_kernel(flat):
-        return _as_batch(_SvdvalsByLapack.apply(flat), a)  # type: ignore[no-untyped-call]
+    if flat.requires_grad and torch.is_grad_enabled():
+        return _as_batch(_svdvals_for_gradient(flat), a)
     return _as_batch(torch.ops.neuraldeps.svdvals(flat), a)
 
 
@@ -101,7 +109,7 @@ def matrix_rank(
             `atol`; with `check`, `a` holds NaN or infinity.
         TypeError: `a` is no tensor of these dtypes.
 
-    Source: rank by papers/rank_diminishing.md, section 8; counting without an SVD is ours.
+    Source: rank as in Rank Diminishing (arXiv 2206.06072); counting without an SVD is ours.
     """
     _check_matrices(a, check)
     if hermitian and a.shape[-1] != a.shape[-2]:
@@ -162,12 +170,14 @@ def stable_rank(a: Tensor, *, check: bool = False) -> Tensor:
 
 
 @annotated
-def low_rank_project(a: Tensor, k: int, *, check: bool = False) -> Tensor:
+def low_rank_project(a: Tensor, k: int, *, mode: str = "exact", check: bool = False) -> Tensor:
     """The nearest matrix of rank at most k, `sum_(i <= k) sigma_i u_i v_i'`.
 
     Args:
         a: as in `svdvals`.
         k: number of terms, at least 0; all of them, and so `a` itself, from min(m, n) on.
+        mode: of the gradient: "exact", or "detach", which takes the projection on the leading singular vectors of the
+            shorter side as a constant: cheaper, and without the growth at a small gap.
         check: raise if `a` holds NaN or infinity. That reads values: on CUDA the host waits.
 
     Returns:
@@ -178,7 +188,8 @@ def low_rank_project(a: Tensor, k: int, *, check: bool = False) -> Tensor:
         0 for a zero matrix.
 
     Raises:
-        ValueError: `a` has fewer than 2 dimensions, or k is negative; with `check`, `a` holds NaN or infinity.
+        ValueError: `a` has fewer than 2 dimensions, k is negative or `mode` unknown; with `check`, `a` holds NaN or
+            infinity.
         TypeError: `a` is no tensor of these dtypes, or `k` is no integer.
 
     Source: research notes, section 3 (ours).
@@ -188,6 +199,10 @@ def low_rank_project(a: Tensor, k: int, *, check: bool = False) -> Tensor:
         raise TypeError(f"k must be an int, not {type(k).__name__}")
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")
+    if mode not in ("exact", "detach"):
+        raise ValueError(f"mode must be one of exact, detach, not {mode!r}")
+    if mode == "detach" and k < min(a.shape[-2:]) and a.numel() > 0:
+        return _as_batch(_project_on_constant(_flat(a), k), a)
     return _as_batch(_LowRankProject.apply(_flat(a), k), a)  # type: ignore[no-untyped-call]
 
 
@@ -251,16 +266,56 @@ def _as_batch(result: Tensor, a: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ vectors
 
 
+def _without_autocast(function: Any) -> Any:
+    """`function` of tensors in the precision it names, also where autocast is on."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
+
+
 def _by_kernel(a: Tensor) -> bool:
     """Whether our kernel serves the singular vectors of a [B, m, n]."""
     shortest = min(a.shape[1:])
+    if a.device.type == "cuda":
+        limit = _LONGEST_BASIS_ON_CUDA if a.shape[0] >= _FEW_ON_CUDA else _LONGEST_BASIS_OF_FEW_ON_CUDA
+        return shortest <= limit and _cuda_library_serves()
     longest = _LONGEST_BASIS if a.shape[0] >= _FEW else _LONGEST_BASIS_OF_FEW
     return a.dtype != torch.float64 and a.device.type == "cpu" and shortest <= longest
 
 
 def _gradient_by_kernel(a: Tensor) -> bool:
     """Whether our kernel serves the gradient of the values of a [B, m, n]."""
-    return _by_kernel(a) and max(a.shape[1:]) <= _LONGEST_SIDE
+    return _by_kernel(a) and (a.device.type == "cuda" or max(a.shape[1:]) <= _LONGEST_SIDE)
+
+
+@functools.cache
+def _cuda_library_serves() -> bool:
+    reason = torch.ops.neuraldeps.cuda_library_error()
+    if reason:
+        _log.warning("spectrum on CUDA runs on the plain PyTorch reference: %s", reason)
+    return not reason
+
+
+def _served_on_cuda(a: Tensor) -> bool:
+    """Whether our kernels serve values and ranks of a CUDA a [B, m, n]."""
+    return min(a.shape[1:]) <= _LONGEST_ON_CUDA and _cuda_library_serves()
+
+
+def _svdvals_on_cuda(a: Tensor) -> Tensor:
+    if _served_on_cuda(a):
+        return torch.ops.neuraldeps.svdvals_device(a)  # type: ignore[no-any-return]
+    return reference.svdvals(a)
+
+
+def _matrix_rank_on_cuda(a: Tensor, rtol: Tensor, atol: float, hermitian: bool) -> Tensor:
+    if _served_on_cuda(a):
+        return torch.ops.neuraldeps.matrix_rank_device(a, rtol, atol, hermitian)  # type: ignore[no-any-return]
+    return reference.matrix_rank(a, rtol, atol, hermitian)
 
 
 def _tall(a: Tensor) -> Tensor:
@@ -298,6 +353,17 @@ def _low_rank_project(a: Tensor, k: int) -> Tensor:
     return torch.where(wrong, torch.nan, oriented).to(a.dtype).contiguous()
 
 
+@_without_autocast
+def _project_on_constant(a: Tensor, k: int) -> Tensor:
+    """a V_k V_k' as `_low_rank_project`, V_k a constant of the gradient."""
+    with torch.no_grad():
+        finite, wrong = _finite_matrices(a)
+        kept = _right_basis(_tall(finite))[1][..., :k]
+    tall = _tall(torch.where(wrong, torch.nan, a)).double()
+    projected = (tall @ kept) @ kept.mT
+    return (projected if a.shape[-2] >= a.shape[-1] else projected.mT).to(a.dtype).contiguous()
+
+
 def _low_rank_project_backward(grad: Tensor, a: Tensor, k: int) -> Tensor:
     """With P = V_k V_k' of tall a and D of its Gram matrix, d(a P) = da P + a dP and
 
@@ -325,6 +391,17 @@ def _low_rank_project_backward(grad: Tensor, a: Tensor, k: int) -> Tensor:
     return torch.where(wrong, torch.nan, result.mT if transposed else result).to(a.dtype).contiguous()
 
 
+def _svdvals_for_gradient(a: Tensor) -> Tensor:
+    """Values of a [B, m, n] by the way whose gradient is the fastest."""
+    if _gradient_by_kernel(a):
+        rule = _Svdvals if a.device.type == "cuda" else _SvdvalsByKernel
+        return rule.apply(a)  # type: ignore[no-any-return, no-untyped-call]
+    if a.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not bool(a.isfinite().all()):
+        return _SvdvalsByLapack.apply(a)  # type: ignore[no-any-return, no-untyped-call]
+    values = torch.linalg.svdvals(a.to(_value_dtype(a)))
+    return torch.where(values > 0, values, 0.0)  # no gradient at 0
+
+
 def _svdvals_backward(grad: Tensor, a: Tensor) -> Tensor:
     """U diag(grad) V' [B, m, n] from grad [B, k]; vanishing values give nothing."""
     if a.numel() == 0:
@@ -332,8 +409,12 @@ def _svdvals_backward(grad: Tensor, a: Tensor) -> Tensor:
     if not _gradient_by_kernel(a):
         finite, wrong = _finite_matrices(a)
         return torch.where(wrong, torch.nan, _gradient_by_svd(grad, finite)).to(a.dtype).contiguous()
-    gradient, unresolved = torch.ops.neuraldeps.svdvals_gradient(grad.float(), a)
-    if bool(unresolved.any()):
+    return _gradient_of_form(grad, a, None)
+
+
+def _gradient_of_form(grad: Tensor, a: Tensor, form: Tensor | None) -> Tensor:
+    gradient, unresolved = torch.ops.neuraldeps.svdvals_gradient(grad.to(_value_dtype(a)), a, form)
+    if a.device.type == "cpu" and bool(unresolved.any()):  # on CUDA all are resolved
         gradient[unresolved] = _gradient_by_svd(grad[unresolved], a[unresolved].double()).float()
     result: Tensor = gradient.to(a.dtype)
     return result
@@ -352,27 +433,6 @@ def _weighted_terms(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ operator rules
 
 
-def _without_autocast(function: Any) -> Any:
-    """`function` of tensors in the precision it names, also where autocast is on."""
-
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        with torch.autocast(device, enabled=False):
-            return function(*args)
-
-    return run
-
-
-def _on_cuda(name: str, function: Any) -> Any:
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
-        _log.debug("%s runs on the plain PyTorch reference: no CUDA kernel serves it", name)
-        return function(*args)
-
-    return _without_autocast(run)
-
-
 def _values_like(a: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], min(a.shape[1], a.shape[2])), dtype=_value_dtype(a))
 
@@ -386,8 +446,13 @@ def _basis_like(a: Tensor) -> tuple[Tensor, Tensor]:
     return a.new_empty((B, k), dtype=torch.float64), a.new_empty((B, k, k), dtype=torch.float64)
 
 
-def _gradient_like(grad: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape, dtype=torch.float32), a.new_empty((a.shape[0],), dtype=torch.bool)
+def _values_and_form_like(a: Tensor) -> tuple[Tensor, Tensor]:
+    k = min(a.shape[1], a.shape[2])
+    return _values_like(a), a.new_empty(((a.shape[0] + 7) // 8 * 8 * k * (k + 4),), dtype=torch.float64)
+
+
+def _gradient_like(grad: Tensor, a: Tensor, form: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape, dtype=_value_dtype(a)), a.new_empty((a.shape[0],), dtype=torch.bool)
 
 
 def _matrices_like(a: Tensor, *_: Any) -> Tensor:
@@ -413,6 +478,31 @@ def _fold_batch(op: Any, matrices: int, info: Any, in_dims: tuple[int | None, ..
     return tuple(map(unfolded, results)), (0,) * len(results)
 
 
+class _Gradient(torch.autograd.Function):
+    """A backward operator `op` of (grad, a, ..): there is no second gradient."""
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> Tensor:
+        return op(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise RuntimeError("svdvals and low_rank_project are differentiable once, not twice")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], op: Any, *args: Any) -> Any:
+        return _fold_batch(functools.partial(_Gradient.apply, op), 2, info, in_dims[1:], args)
+
+
+def _gradient(op: Any, *args: Any) -> Tensor:
+    """`op(*args)`, refusing a gradient of its own; torch.compile has no second gradients anyway."""
+    return op(*args) if torch.compiler.is_compiling() else _Gradient.apply(op, *args)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class _Svdvals(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor) -> Tensor:
@@ -424,11 +514,29 @@ class _Svdvals(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return torch.ops.neuraldeps.svdvals_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
+        op = torch.ops.neuraldeps.svdvals_backward.default
+        return _gradient(op, grad, *ctx.saved_tensors)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return _fold_batch(_Svdvals.apply, 1, info, in_dims, args)
+
+
+class _SvdvalsByKernel(torch.autograd.Function):
+    """Values with the tridiagonal form that their gradient starts from."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        values, form = torch.ops.neuraldeps.svdvals_with_form(a)
+        ctx.save_for_backward(a, form)
+        return values  # type: ignore[no-any-return]
+
+    @staticmethod
+    @_without_autocast
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        a, form = ctx.saved_tensors
+        return _gradient_of_form(grad, a, form)
 
 
 class _SvdvalsByLapack(torch.autograd.Function):
@@ -445,6 +553,7 @@ class _SvdvalsByLapack(torch.autograd.Function):
 
     @staticmethod
     @_without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         u, s, vh, wrong = ctx.saved_tensors
         return torch.where(wrong, torch.nan, _weighted_terms(grad, u, s, vh)).to(ctx.dtype)
@@ -462,7 +571,8 @@ class _LowRankProject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.neuraldeps.low_rank_project_backward(grad, *ctx.saved_tensors, ctx.k), None
+        op = torch.ops.neuraldeps.low_rank_project_backward.default
+        return _gradient(op, grad, *ctx.saved_tensors, ctx.k), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -483,13 +593,16 @@ def _register() -> None:
     }
     for name, function in in_torch.items():
         _library.impl(name, _without_autocast(function), "CPU")
-        _library.impl(name, _on_cuda(name, function), "CUDA")
-    _library.impl("svdvals", _on_cuda("svdvals", reference.svdvals), "CUDA")
-    _library.impl("matrix_rank", _on_cuda("matrix_rank", reference.matrix_rank), "CUDA")
-    shapes_and_matrices: dict[str, tuple[Any, int]] = {
+        _library.impl(name, _without_autocast(function), "CUDA")
+    _library.impl("svdvals", _without_autocast(_svdvals_on_cuda), "CUDA")
+    _library.impl("matrix_rank", _without_autocast(_matrix_rank_on_cuda), "CUDA")
+    shapes_and_matrices: dict[str, tuple[Any, int]] = {  # no matrices: no vmap
         "svdvals": (_values_like, 1),
         "matrix_rank": (_ranks_like, 1),
+        "svdvals_device": (_values_like, 1),
+        "matrix_rank_device": (_ranks_like, 1),
         "singular_basis": (_basis_like, 1),
+        "svdvals_with_form": (_values_and_form_like, 0),
         "svdvals_gradient": (_gradient_like, 2),
         "svdvals_backward": (lambda grad, a: _matrices_like(a), 2),
         "low_rank_project": (_matrices_like, 1),
@@ -502,7 +615,8 @@ def _register() -> None:
             return _fold_batch(op, matrices, info, in_dims, args)
 
         torch.library.register_fake(f"neuraldeps::{name}", fake)
-        torch.library.register_vmap(f"neuraldeps::{name}", rule)
+        if matrices:
+            torch.library.register_vmap(f"neuraldeps::{name}", rule)
     for name, rules in (("svdvals", _Svdvals), ("low_rank_project", _LowRankProject)):
         torch.library.register_autograd(f"neuraldeps::{name}", rules.backward, setup_context=rules.setup_context)
 

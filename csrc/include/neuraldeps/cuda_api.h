@@ -65,6 +65,53 @@ ND_API int nd_covlasso_f64(const NdCovlassoArgs* args, void* workspace, void* st
    is that of the end. */
 ND_API int nd_covlasso_top_k_f64(const NdCovlassoArgs* args, int64_t k, double position, double* lam_out,
                                  void* workspace, void* stream);
+
+/* Of a [batch, m, n], k = min(m, n), one of:
+     values    singular values sigma_1 >= .. >= sigma_k, NaN where a matrix is not finite
+     rank      #{ i : sigma_i > max(atol, rtol_r sigma_1) }, -1 where a matrix is not finite
+     values with basis: also singular vectors of the shorter side, one a row
+     gradient  sum_i g_i u_i v_i' for value_gradient g
+   Device pointers but for rtol; batch may be 0. A matrix without a gap at a threshold may count either way within
+   1e-8 of it, and float32 and shorter also within about 1e-15 of sigma_1. */
+#define ND_SPECTRUM_LONGEST 1024
+typedef struct {
+  const void* a;                    /* [batch, m, n] */
+  int32_t dtype;                    /* 0 float32, 1 float64, 2 bfloat16, 3 float16 */
+  int64_t batch, m, n;              /* m, n >= 1, k <= ND_SPECTRUM_LONGEST */
+  int64_t batch_stride, row_stride; /* in elements; those of a row are neighbours */
+  int32_t hermitian;                /* with rank: m = n, sigma are the absolute eigenvalues of the lower triangle */
+  void* values;                     /* [batch, k] float64 for float64 input or with basis, else float32 */
+  int64_t* rank;                    /* [batch, num_rtol] */
+  const double* rtol;               /* on the host: [num_rtol] >= 0, read before the call returns */
+  int64_t num_rtol;
+  double atol;                /* >= 0 */
+  double* basis;              /* [batch, k, k] or null */
+  const void* value_gradient; /* [batch, k] float64 for float64 input, else float32 */
+  void* gradient;             /* [batch, m, n] likewise */
+} NdSpectrumArgs;
+
+/* Bytes of the workspace of a call, aligned to 256; reads no pointer, but looks which are null. */
+ND_API size_t nd_spectrum_workspace(const NdSpectrumArgs* args);
+ND_API int nd_spectrum(const NdSpectrumArgs* args, void* workspace, void* stream);
+
+/* The Fourier filter y = irfft2(rfft2(x) K) of every channel, and its gradients; see csrc/cuda/fourier_filter.cu. All
+   pointers lie on the device; images are dense. */
+typedef struct {
+  int64_t batch, height, width;
+  int64_t channels;    /* 1 to 2^19 */
+  int32_t dtype;       /* of images: 0 float32, 2 bfloat16, 3 float16 */
+  int32_t planes;      /* images [batch, height, width, channels] if 0, [batch, channels, height, width] if 1 */
+  const float* weight; /* K [height, width/2 + 1, channels, 2], aligned to 8 bytes */
+} NdFourierFilterArgs;
+
+/* 1 if there are kernels for these sizes and dtype, else 0; reads no pointer. */
+ND_API int nd_fourier_filter_serves(const NdFourierFilterArgs* args);
+ND_API int nd_fourier_filter(const NdFourierFilterArgs* args, const void* x, void* y, void* stream);
+
+/* dweight is laid out as weight; the workspace is aligned to 8 bytes. */
+ND_API size_t nd_fourier_filter_backward_workspace(const NdFourierFilterArgs* args);
+ND_API int nd_fourier_filter_backward(const NdFourierFilterArgs* args, const void* grad, const void* x, void* dx,
+                                      float* dweight, void* workspace, void* stream);
 #ifdef __cplusplus
 }
 #endif
