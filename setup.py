@@ -45,6 +45,8 @@ OLDEST_NVCC = (12, 8)
 # PTX runs only on chips newer than it names, so that of 8.0 serves every chip between and after the listed ones.
 DEFAULT_ARCHITECTURES = "8.0+PTX 9.0 10.0 12.0"
 
+# Sources of csrc/cpu that are compiled once: nothing in them gains from wider vectors.
+SCALAR_SOURCES = ("dispatch.cpp", "gnn_rerank.cpp", "reranking.cpp")
 X86_LEVELS = {
     "baseline": ["-march=x86-64-v2"],
     "avx2": ["-march=x86-64-v3"],
@@ -258,13 +260,14 @@ class Binaries:
         }
 
     def cpu(self) -> list[Step]:
-        """csrc/cpu: everything but dispatch.cpp once a level."""
-        dispatch = ROOT / "csrc/cpu/dispatch.cpp"
-        steps = [compile_step(self.cxx, self.cxx_flags, dispatch, "cpu", self.compiler)]
+        """csrc/cpu: everything but SCALAR_SOURCES once a level."""
+        folder = ROOT / "csrc/cpu"
+        scalar = [folder / name for name in SCALAR_SOURCES]
+        steps = [compile_step(self.cxx, self.cxx_flags, source, "cpu", self.compiler) for source in scalar]
         for level, level_flags in cpu_levels().items():
             flags = [*self.cxx_flags, *level_flags, f"-DND_CPU_LEVEL={level}"]
-            for source in sorted(dispatch.parent.glob("*.cpp")):
-                if source != dispatch:
+            for source in sorted(folder.glob("*.cpp")):
+                if source not in scalar:
                     steps.append(compile_step(self.cxx, flags, source, f"cpu/{level}", self.compiler))
         return steps
 
@@ -297,6 +300,8 @@ class Binaries:
         ]
         if "CXX" in os.environ:
             flags += ["-ccbin", self.cxx[0]]
+        if nvcc_version(nvcc) >= (13, 0):  # every driver of these versions reads it
+            flags += ["--compress-mode=size"]
         made_by = f"{self.compiler}, nvcc {nvcc_version(nvcc)}"
         sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
         return [compile_step([nvcc], flags, source, "cuda", made_by) for source in sources]

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,28 @@ CACHED_BYTES = 1 << 24  # a covariance up to this size stays in the second-level
 ORACLE_ROWS = 1 << 16  # rows that the float64 oracle of a covariance takes at a time
 FISTA_CHECK = 50  # iterations between two looks at the violation while their number is sought
 LATENT = 64  # dimensions behind the logits of the covariance cases
+FOURIER_GRIDS = (7, 14, 16, 28, 32, 56, 64)  # with kernels of their own; others are matrix products
+FOURIER_SHAPES = (  # [B, H, W, C] of GFNet, AFNO and FAMLP stages
+    *((128, 14, 14, 384), (128, 7, 7, 512), (64, 16, 16, 256), (64, 28, 28, 128), (64, 32, 32, 128)),
+    *((64, 56, 56, 64), (16, 64, 64, 64), (64, 15, 20, 256), (16, 96, 96, 64)),
+)
 MM = "torch.mm, not centred"
 GRAPH = ", graph"  # ends the name of a contender that is replayed
+
+# Batches of matrices (GOALS.md); torch's own functions take batches at once up to this short side, and are timed on few
+# matrices beyond, one after the other as they take them.
+SPECTRUM_SHAPES = [
+    (4096, 32, 32),
+    (1024, 64, 64),
+    (512, 128, 128),
+    (256, 256, 256),
+    (64, 512, 512),
+    (2048, 33, 33),
+    (8192, 16, 16),
+    (256, 1024, 128),
+]
+TORCH_BATCHES, TORCH_FEW = 32, 8
+RANK_RTOL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,18 @@ def recipes(card: Card, budget: Budget) -> Iterator[Recipe]:
         name = f"covariance 1M x 1000 {short(dtype)}"
         return Recipe(name, lambda: covariance_case(name, card, dtype))
 
+    def spectrum(name: str, make: Callable[..., Case], batch: int, m: int, n: int) -> Recipe:
+        name = f"{name} {batch} x {m} x {n}"
+        return Recipe(name, lambda: make(name, card, batch, m, n))
+
+    def norm(size: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, backward: bool) -> Recipe:
+        name = f"domain_norm {size} {short(dtype)} {layout}{' with backward' * backward}"
+        return Recipe(name, lambda: norm_case(name, card, shape, 4, dtype, layout, backward))
+
+    def fourier(shape: tuple[int, ...], dtype: torch.dtype, backward: bool) -> Recipe:
+        name = f"fourier_filter {'x'.join(map(str, shape))} {short(dtype)}{' with backward' * backward}"
+        return Recipe(name, lambda: fourier_case(name, card, shape, dtype, backward))
+
     yield solve("lite0 ratio 0.2", lite0, 0.2, 0, Goals(None, 50))
     yield solve("synthetic k 10", synthetic, None, 10, Goals(100, 50))
     yield solve("synthetic k 25", synthetic, None, 25, Goals(250, 50))
@@ -110,6 +143,22 @@ def recipes(card: Card, budget: Budget) -> Iterator[Recipe]:
     yield Recipe("covlasso top 20 lite0", lambda: top_k_case(card, lite0(card), card.size(20, 3)))
     yield solve("n 10000 k 30", large, None, 30, Goals(12_000, None))
     yield covariance(torch.float64)
+    for batch, m, n in SPECTRUM_SHAPES:
+        yield spectrum("matrix_rank", rank_case, batch, m, n)
+        yield spectrum("svdvals with gradient", values_case, batch, m, n)
+    for backward in (False, True):
+        yield norm("64x256x64x32", (64, 256, 64, 32), torch.float32, "contiguous", backward)
+        yield norm("64x256x64x32", (64, 256, 64, 32), torch.float32, "channels_last", backward)
+        yield norm("64x256x16x8", (64, 256, 16, 8), torch.float32, "contiguous", backward)
+        yield norm("64x256x16x8", (64, 256, 16, 8), torch.float32, "channels_last", backward)
+        yield norm("128x2048", (128, 2048), torch.float32, "contiguous", backward)
+        yield norm("64x256x64x32", (64, 256, 64, 32), torch.bfloat16, "channels_last", backward)
+
+    for shape in FOURIER_SHAPES:
+        for backward in (False, True):
+            yield fourier(shape, torch.float32, backward)
+            if shape[1] in FOURIER_GRIDS:
+                yield fourier(shape, torch.bfloat16, backward)
 
 
 # ------------------------------------------------------------------------------------------------ inputs
@@ -482,6 +531,341 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# ------------------------------------------------------------------------------------------------ spectrum
+
+
+def matrices(card: Card, batch: int, m: int, n: int) -> tuple[Tensor, Tensor]:
+    """a [B, m, n] float32, and the values [B, k] planted in it: k/3 from 1 to 10^-1.5, the others up to 1e-4."""
+    chance, k = torch.Generator(card.device).manual_seed(seed()), min(m, n)
+
+    def orthonormal(rows: int) -> Tensor:
+        """[B, rows, k] by Cholesky factors, twice, which is quick for batches."""
+        x = torch.randn(batch, rows, k, generator=chance, device=card.device, dtype=torch.float64)
+        for _ in range(2 + (rows == k)):  # square normal matrices may be nearly singular
+            x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.mT @ x), x.mT, upper=False).mT
+        return x
+
+    values = 1e-4 * torch.rand(batch, k, generator=chance, device=card.device, dtype=torch.float64)
+    values[:, : k // 3] = torch.logspace(0, -1.5, k // 3, dtype=torch.float64)
+    values = values.sort(descending=True)[0]
+    return ((orthonormal(m) * values[:, None]) @ orthonormal(n).mT).float(), values
+
+
+def spectrum_case(
+    name: str, card: Card, a: Tensor, ours: Contender, peers: list[Contender], more: list[Contender | Missing]
+) -> Case:
+    """Per matrix: its bytes read once; multiply-adds of the Gram matrix and its tridiagonal form in float64."""
+    (batch, m, n), k = a.shape, min(a.shape[1:])
+    return Case(
+        name,
+        {"B": batch, "m": m, "n": n, "dtype": "float32", "seed": seed()},
+        ours=ours,
+        peers=[*more, *map(available, peers)],
+        threads=0,
+        device=card.device,
+        bytes=4.0 * m * n,
+        flops=max(m, n) * k * (k + 1) + 4 / 3 * k**3,
+        rates=Rates(2 * card.rates.memory, card.rates.gemm["float64"]),
+    )
+
+
+def few_of(a: Tensor) -> Tensor:
+    return a if min(a.shape[1:]) <= TORCH_BATCHES else a[:TORCH_FEW]
+
+
+def float64_gram(a: Tensor) -> Tensor:
+    """[B, k, k] of the shorter side."""
+    wide = a.double()
+    return wide.mT @ wide if a.shape[1] >= a.shape[2] else wide @ wide.mT
+
+
+def cupy_eigenvalues(gram: Tensor) -> Tensor:
+    """[B, k] ascending, by CuPy on torch's stream: cuSOLVER's batched routine."""
+    import cupy
+
+    with cupy.cuda.ExternalStream(torch.cuda.current_stream(gram.device).cuda_stream):
+        return torch.as_tensor(cupy.linalg.eigvalsh(cupy.asarray(gram)), device=gram.device)
+
+
+def count_eigenvalues(values: Tensor) -> Tensor:
+    """Ranks [B] from ascending eigenvalues of Gram matrices."""
+    return (values > RANK_RTOL**2 * values[:, -1:]).sum(-1)
+
+
+def rank_case(name: str, card: Card, batch: int, m: int, n: int) -> Case:
+    a, values = matrices(card, card.size(batch, 3), card.size(m, min(m, 24)), card.size(n, min(n, 20)))
+    want, few = (values > RANK_RTOL).sum(-1), few_of(a)
+    looped = min(m, n) > TORCH_BATCHES
+
+    def wrong(rank: Tensor) -> float:
+        return float((rank != want[: len(rank)]).double().mean())
+
+    ours = Contender("ours nk.matrix_rank", lambda: nk.matrix_rank(a, rtol=RANK_RTOL), len(a), wrong, 0.0)
+    rank_by = functools.partial(Contender, error=wrong, limit=0.01)
+    peers = [
+        rank_by(
+            "torch.linalg.matrix_rank",
+            lambda: torch.linalg.matrix_rank(few, rtol=RANK_RTOL),
+            len(few),
+            goal=50 if looped else None,
+        ),
+        rank_by(
+            "float64 Gram, cupy eigvalsh",
+            lambda: count_eigenvalues(cupy_eigenvalues(float64_gram(a))),
+            len(a),
+            goal=3 if looped else None,
+        ),
+        rank_by(
+            "float64 Gram, torch eigvalsh",
+            lambda: count_eigenvalues(torch.linalg.eigvalsh(float64_gram(few))),
+            len(few),
+        ),
+    ]
+    if not looped and card.device.type == "cuda":
+
+        def by_gesvdj() -> Tensor:
+            found = torch.linalg.svdvals(a, driver="gesvdj")
+            return (found > RANK_RTOL * found[:, :1]).sum(-1)
+
+        peers.append(rank_by("gesvdjBatched", by_gesvdj, len(a), goal=2))
+    return spectrum_case(name, card, a, ours, peers, [graph_of(ours, card)])
+
+
+def values_case(name: str, card: Card, batch: int, m: int, n: int) -> Case:
+    """The values of normal matrices and the gradient of their sum, which is the orthogonal polar factor."""
+    chance = torch.Generator(card.device).manual_seed(seed())
+    shape = (card.size(batch, 3), card.size(m, min(m, 24)), card.size(n, min(n, 20)))
+    a = torch.randn(shape, generator=chance, device=card.device)
+    few, k = few_of(a), min(shape[1:])
+    unit = torch.eye(k, device=card.device, dtype=torch.float64)
+
+    def step(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            leaf = inputs.detach().requires_grad_()
+            return torch.autograd.grad(function(leaf).sum(), leaf)[0]
+
+        return run
+
+    def error(polar: Tensor) -> float:
+        return float((float64_gram(polar) - unit).abs().max())
+
+    ours = Contender("ours nk.svdvals", step(nk.svdvals, a), len(a), error, 1e-5)
+    theirs = Contender(
+        "torch.linalg.svdvals",
+        step(torch.linalg.svdvals, few),
+        len(few),
+        error,
+        1e-2,
+        20 if TORCH_BATCHES < k <= 128 else None,
+    )
+    alone = Contender("ours without gradient", lambda: nk.svdvals(a), len(a))
+    return replace(spectrum_case(name, card, a, ours, [theirs], [graph_of(ours, card)]), variants=[alone])
+
+
+# ------------------------------------------------------------------------------------------------ batch norm by domain
+
+
+@dataclass(frozen=True)
+class NormProblem:
+    """Arguments of `nk.domain_batch_norm` in training, all of x's device, and the gradient of the result."""
+
+    x: Tensor  # [N, C, *], requires a gradient; weight and bias too
+    domain: Tensor  # [N]
+    weight: Tensor  # [D, C]
+    bias: Tensor
+    running: tuple[Tensor, Tensor]  # mean and variance, [D, C]
+    grad: Tensor
+
+    def ours(self) -> Tensor:
+        return nk.domain_batch_norm(self.x, self.domain, *self.running, self.weight, self.bias, training=True)
+
+    def loop(self) -> Tensor:
+        """Domain by domain: rows gathered, F.batch_norm, rows scattered."""
+        y = torch.empty_like(self.x)
+        for d, tables in enumerate(zip(*self.running, self.weight, self.bias, strict=True)):
+            rows = (self.domain == d).nonzero()[:, 0]
+            y.index_copy_(0, rows, torch.nn.functional.batch_norm(self.x[rows], *tables, training=True))
+        return y
+
+    def one_domain(self) -> Tensor:
+        """What a single F.batch_norm costs: another result."""
+        tables = (*(table[0] for table in self.running), self.weight[0], self.bias[0])
+        return torch.nn.functional.batch_norm(self.x, *tables, training=True)
+
+    def composition(self) -> Tensor:
+        """Without a loop: moments of samples, merged by index_add, one addcmul."""
+        return composed_domain_norm(self.x, self.domain, *self.running, self.weight, self.bias)
+
+    def with_gradients(self, forward: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        """y and the gradients of x, weight and bias."""
+        y = forward()
+        return y.detach(), *torch.autograd.grad(y, (self.x, self.weight, self.bias), self.grad)
+
+    def without(self, forward: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (forward(),)
+
+    def in_float64(self) -> NormProblem:
+        tables = [table.detach().double().requires_grad_() for table in (self.x, self.weight, self.bias)]
+        running = tuple(table.double() for table in self.running)
+        return NormProblem(tables[0], self.domain, *tables[1:], running, self.grad.double())
+
+
+def composed_domain_norm(
+    x: Tensor, domain: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    D, (N, C), values = len(weight), x.shape[:2], x[0, 0].numel()
+    wide = x.to(weight.dtype)
+    if x.dim() == 2:
+        variances, means = torch.zeros_like(wide), wide
+    else:
+        variances, means = torch.var_mean(wide, tuple(range(2, x.dim())), correction=0)
+    instances = torch.zeros(D, device=x.device, dtype=weight.dtype).index_add_(0, domain, weight.new_ones(N))
+    over = 1 / instances.clamp(min=1)[:, None]
+    mean = weight.new_zeros(D, C).index_add(0, domain, means) * over
+    inner = variances + (means - mean[domain]).square()
+    variance = weight.new_zeros(D, C).index_add(0, domain, inner) * over
+    with torch.no_grad():
+        present, count = (instances > 0)[:, None], (instances * values)[:, None]
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        for running, batch in ((running_mean, mean), (running_var, unbiased)):
+            running.copy_(torch.where(present, running + 0.1 * (batch - running), running))
+    scale = weight * (variance + 1e-5).rsqrt()
+    shift = bias - scale * mean
+    tables = (table[domain].reshape(N, C, *(1,) * (x.dim() - 2)) for table in (shift, scale))
+    return torch.addcmul(next(tables), wide, next(tables)).to(x.dtype)
+
+
+def norm_problem(card: Card, shape: tuple[int, ...], D: int, dtype: torch.dtype, channels_last: bool) -> NormProblem:
+    """Random x with another mean and deviation in every channel, ids in random order."""
+    chance = torch.Generator(card.device).manual_seed(seed())
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=chance, device=card.device)
+
+    if card.tiny:
+        shape = (32, 4, *(4 for _ in shape[2:]))
+    C, ones = shape[1], (1,) * (len(shape) - 2)
+    x = ((1 + normal(1, C, *ones).square()) * normal(*shape) + 3 * normal(1, C, *ones)).to(dtype)
+    grad = normal(*shape).to(dtype)
+    if channels_last:
+        x, grad = (t.to(memory_format=torch.channels_last) for t in (x, grad))
+    domain = torch.randperm(shape[0], generator=chance, device=card.device) % D
+    weight, bias = (1 + 0.3 * normal(D, C)).requires_grad_(), normal(D, C).requires_grad_()
+    running = torch.zeros(D, C, device=card.device), torch.ones(D, C, device=card.device)
+    return NormProblem(x.requires_grad_(), domain, weight, bias, running, grad)
+
+
+def norm_case(
+    name: str, card: Card, shape: tuple[int, ...], D: int, dtype: torch.dtype, layout: str, backward: bool
+) -> Case:
+    """Batch norm by domain in training, forward or with the backward. The floor counts the passes over memory: three
+    forward (12 bytes an element of float32), five backward (20)."""
+    problem = norm_problem(card, shape, D, dtype, layout == "channels_last")
+    x, exact = problem.x, problem.in_float64()
+    step = NormProblem.with_gradients if backward else NormProblem.without
+    expected = step(exact, exact.loop)
+    limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    small = x.nbytes < 1 << 22
+    cached = x.nbytes <= CACHED_BYTES
+
+    def error(result: tuple[Tensor, ...]) -> float:
+        pairs = zip(result, expected, strict=True)
+        return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+    def contender(name: str, forward: Callable[[], Tensor], goal: float | None = None, same: bool = True) -> Contender:
+        run = functools.partial(step, problem, forward)
+        return Contender(
+            name, run, error=error if same else None, limit=limit, goal=goal, note="" if same else "of one domain"
+        )
+
+    torch.compiler.reset()  # or the limit on recompilation turns it into eager code after a few cases
+    compiled = torch.compile(composed_domain_norm, backend="eager" if card.tiny else "inductor")
+    arguments = (x, problem.domain, *problem.running, problem.weight, problem.bias)
+    ours = contender("ours nk.domain_batch_norm", problem.ours)
+    peers = [
+        contender("loop over domains", problem.loop, 10 if small else 2),
+        contender("one F.batch_norm", problem.one_domain, 1 / 1.15, same=False),
+        contender("loop-free composition", problem.composition),
+        contender("torch.compile of it", lambda: compiled(*arguments)),
+    ]
+    return Case(
+        name,
+        {
+            "shape": list(x.shape),
+            "domains": D,
+            "dtype": short(dtype),
+            "layout": layout,
+            "backward": backward,
+            "seed": seed(),
+        },
+        ours=ours,
+        peers=[graph_of(ours, card), *map(available, peers)],
+        threads=0,
+        device=card.device,
+        bytes=float((8 if backward else 3) * x.nbytes),
+        rates=Rates(card.rates.cache if cached else card.rates.memory, card.rates.gemm["float32"]),
+        facts={"floor at": "cache" if cached else "memory", "MB": round(x.nbytes / 1e6, 1)},
+    )
+
+
+# ------------------------------------------------------------------------------------------------ Fourier filter
+
+
+def filtered_by_torch(x: Tensor, weight: Tensor) -> Tensor:
+    """irfft2(rfft2(x) K) of x [B, H, W, C], K [H, W//2+1, C, 2], as it is usually written."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    X = torch.fft.rfft2(x.to(wide), dim=(1, 2), norm="ortho")
+    y = torch.fft.irfft2(X * torch.view_as_complex(weight), s=x.shape[1:3], dim=(1, 2), norm="ortho")
+    return y.to(x.dtype)
+
+
+def fourier_case(name: str, card: Card, shape: tuple[int, ...], dtype: torch.dtype, backward: bool) -> Case:
+    """The filter layer of images [B, H, W, C], or it and its gradients. The floor reads and writes each image once: 8
+    bytes an element of float32, with the backward 20."""
+    B, H, W, C = (card.size(n, min(n, tiny)) for n, tiny in zip(shape, (2, 64, 64, 3), strict=True))
+    chance = torch.Generator(card.device).manual_seed(seed())
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=chance, device=card.device)
+
+    x, grad = (normal(B, H, W, C).to(dtype) for _ in range(2))
+    weight = normal(H, W // 2 + 1, C, 2)
+
+    def step(function: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        if not backward:
+            return (function(x, weight),)
+        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        y = function(x, weight)
+        return (y.detach(), *torch.autograd.grad(y, (x, weight), grad))
+
+    exact = step(filtered_by_torch, x.double(), weight.double(), grad.double())
+
+    def error(result: tuple[Tensor, ...]) -> float:
+        return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(result, exact, strict=True))
+
+    def contender(name: str, function: Callable[..., Tensor], goal: float | None = None) -> Contender:
+        limit = {torch.float32: 1e-6, torch.bfloat16: 3e-3}[dtype]
+        return Contender(name, lambda: step(function, x, weight, grad), error=error, limit=limit, goal=goal)
+
+    torch.compiler.reset()
+    compiled = torch.compile(filtered_by_torch, backend="eager" if card.tiny else "inductor")
+    ours = contender("ours nk.fourier_filter2d", nk.fourier_filter2d)
+    goal = 6 if backward else 8 if dtype == torch.bfloat16 else 5
+    peers = [contender("torch.fft", filtered_by_torch, goal), contender("torch.compile of it", compiled)]
+    return Case(
+        name,
+        {"shape": list(x.shape), "dtype": short(dtype), "backward": backward, "seed": seed()},
+        ours=ours,
+        peers=[graph_of(ours, card), *map(available, peers)],
+        threads=0,
+        device=card.device,
+        bytes=float((5 if backward else 2) * x.nbytes + (3 if backward else 1) * weight.nbytes),
+        rates=Rates(card.rates.memory, card.rates.gemm["float32"]),
+        facts={"MB": round(x.nbytes / 1e6, 1)},
+    )
+
+
 # ------------------------------------------------------------------------------------------------ small calls
 
 
@@ -620,6 +1004,202 @@ def _two_streams(chance: torch.Generator) -> tuple[Tensor, ...]:
     return tuple(_rows_of((300, n), torch.float32, False)(chance)[0] for n in (17, 40))
 
 
+def _matrices_of(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda chance: (torch.randn(shape, generator=chance, dtype=torch.float64).to(dtype),)
+
+
+def _low_rank_inputs(chance: torch.Generator) -> tuple[Tensor, ...]:
+    """Whole numbers of rank 7, exact in float32: no Gram matrix decides the smaller tolerance."""
+    left, right = (torch.randint(-4, 5, shape, generator=chance) for shape in ((6, 40, 7), (6, 7, 33)))
+    return ((left @ right).float(),)
+
+
+def _ranks(a: Tensor) -> Tensor:
+    return nk.matrix_rank(a, rtol=torch.tensor([0.5, 1e-3, 1e-12], dtype=torch.float64))
+
+
+def _ranks_oracle(a: Tensor) -> Tensor:
+    values = torch.linalg.svdvals(a.double())
+    return torch.stack([(values > rtol * values[:, :1]).sum(-1) for rtol in (0.5, 1e-3, 1e-12)], -1).double()
+
+
+def _hermitian_rank(a: Tensor) -> Tensor:
+    return nk.matrix_rank(a + a.mT, rtol=0.3, hermitian=True)
+
+
+def _hermitian_rank_oracle(a: Tensor) -> Tensor:
+    values = torch.linalg.eigvalsh((a + a.mT).double()).abs()
+    return (values > 0.3 * values.amax(-1, keepdim=True)).sum(-1).double()
+
+
+def _values_oracle(a: Tensor) -> Tensor:
+    return torch.linalg.svdvals(a.double())
+
+
+def _projected(a: Tensor) -> Tensor:
+    return nk.low_rank_project(a, 5)
+
+
+def _projected_oracle(a: Tensor) -> Tensor:
+    u, s, vh = torch.linalg.svd(a.double(), full_matrices=False)
+    return (u[..., :5] * s[..., None, :5]) @ vh[..., :5, :]
+
+
+NORM_DOMAINS = 4  # of the small calls; ids name the first three
+
+
+def _norm_inputs(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """x and residual [N, C, *], weight and bias [D, C]."""
+
+    def make(chance: torch.Generator) -> tuple[Tensor, ...]:
+        x, residual = (torch.randn(shape, generator=chance, dtype=torch.float64).to(dtype) for _ in range(2))
+        if channels_last:
+            x, residual = (t.to(memory_format=torch.channels_last) for t in (x, residual))
+        size, wide = (NORM_DOMAINS, shape[1]), torch.promote_types(dtype, torch.float32)
+        weight, bias = (torch.randn(size, generator=chance, dtype=wide) for _ in range(2))
+        return 2 * x + 3, residual, 1 + 0.3 * weight, bias
+
+    return make
+
+
+def _ids(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device) * 2 % (NORM_DOMAINS - 1)
+
+
+def _domain_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    rest = {"training": True, "residual": residual, "activation": "relu"}
+    return nk.domain_batch_norm(x, _ids(x), None, None, weight, bias, **rest)
+
+
+def _domain_norm_oracle(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = residual.double()
+    for d in range(NORM_DOMAINS - 1):
+        rows, tables = _ids(x) == d, (weight[d].double(), bias[d].double())
+        y[rows] += torch.nn.functional.batch_norm(x[rows].double(), None, None, *tables, training=True)
+    return y.relu()
+
+
+def _running(x: Tensor, _: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Running mean and variance [2, D, C] after one batch."""
+    running = bias.clone(), weight.square()
+    nk.domain_batch_norm(x, _ids(x), *running, training=True)
+    return torch.stack(running)
+
+
+def _running_oracle(x: Tensor, _: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    running = torch.stack((bias.double(), weight.double().square()))
+    for d in range(NORM_DOMAINS - 1):
+        torch.nn.functional.batch_norm(x[_ids(x) == d].double(), *running[:, d], training=True)
+    return running
+
+
+def _unseen(x: Tensor, _: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """By running statistics, a third of the samples of an unseen domain."""
+    return nk.domain_batch_norm(x, _ids(x) - 1, bias, weight.square() + 0.5, weight, bias, training=False)
+
+
+def _unseen_oracle(x: Tensor, _: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    mean, gamma, beta = bias.double(), weight.double(), bias.double()
+    variance = gamma.square() + 0.5
+    pooled_variance = variance.mean(0) + mean.var(0, correction=0)
+    tables = [torch.cat([table, table.mean(0, keepdim=True)])[_ids(x) - 1] for table in (mean, gamma, beta)]
+    rows = torch.cat([variance, pooled_variance[None]])[_ids(x) - 1]
+    mean, gamma, beta, rows = (table.reshape(*table.shape, *(1,) * (x.dim() - 2)) for table in (*tables, rows))
+    return gamma * (x.double() - mean) / (rows + 1e-5).sqrt() + beta
+
+
+def _instance_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def coefficients(g: Tensor, q: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        return gamma * (q + 1e-5).rsqrt(), beta.expand_as(g)
+
+    return nk.normalize(x, coefficients, weight[0], bias[0], residual=residual)[0]
+
+
+def _instance_norm_oracle(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    tables = weight[0].double(), bias[0].double()
+    return torch.nn.functional.instance_norm(x.double(), None, None, *tables) + residual.double()
+
+
+def _norm_operations() -> Iterator[Operation]:
+    """Small maps, which a GPU normalises in one launch, and larger ones; both layouts."""
+    tolerance = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+    for shape, size in (((12, 6, 5, 4), "small"), ((30, 6, 24, 18), "large")):
+        for dtype in tolerance:
+            for channels_last in (False, True):
+                make = _norm_inputs(shape, dtype, channels_last)
+                name = f"{size} {short(dtype)}{' channels_last' * channels_last}"
+                wide = dtype in (torch.float32, torch.float64)
+                yield Operation(
+                    f"domain_batch_norm {name}",
+                    make,
+                    _domain_norm,
+                    _domain_norm_oracle,
+                    tolerance[dtype],
+                    gradient=wide,
+                )
+                if dtype in (torch.float32, torch.bfloat16):
+                    yield Operation(f"running statistics {name}", make, _running, _running_oracle, 5e-6)
+                    yield Operation(f"unseen domain {name}", make, _unseen, _unseen_oracle, tolerance[dtype])
+                    yield Operation(
+                        f"instance norm {name}", make, _instance_norm, _instance_norm_oracle, tolerance[dtype], wide
+                    )
+    make = _norm_inputs((40, 17), torch.float32, False)
+    yield Operation("domain_batch_norm [N, C]", make, _domain_norm, _domain_norm_oracle, 5e-6, gradient=True)
+
+
+def _fourier_inputs(shape: tuple[int, ...], dtype: torch.dtype, planes: bool = False) -> Callable[..., Any]:
+    """Inputs (x [B, H, W, C], weight), x a view of planes if asked for."""
+
+    def make(chance: torch.Generator) -> tuple[Tensor, ...]:
+        B, H, W, C = shape
+        x = torch.randn(B, C, H, W, generator=chance).permute(0, 2, 3, 1)
+        return (x if planes else x.contiguous()).to(dtype), torch.randn(H, W // 2 + 1, C, 2, generator=chance)
+
+    return make
+
+
+def _fourier_oracle(x: Tensor, weight: Tensor) -> Tensor:
+    """By full transforms, from the filter as an image: the real part of the inverse of its Hermitian extension."""
+    half, (H, W) = torch.view_as_complex(weight.double()), x.shape[1:3]
+    full = x.new_zeros(H, W, x.shape[3], dtype=torch.complex128)
+    full[:, : W // 2 + 1] = half
+    full[:, 1 : (W + 1) // 2] *= 2  # of two columns that are each other's conjugates, one stands for both
+    filter_image = torch.fft.ifft2(full, dim=(0, 1)).real
+    spectrum = torch.fft.fft2(x.double(), dim=(1, 2)) * torch.fft.fft2(filter_image, dim=(0, 1))
+    return torch.fft.ifft2(spectrum, dim=(1, 2)).real
+
+
+def _fourier_weight_gradient(x: Tensor, weight: Tensor) -> Tensor:
+    """Of the sum of squares of y / 2."""
+    y = nk.fourier_filter2d(x, weight)
+    return torch.ops.neuraldeps.fourier_filter2d_backward(y, x, weight, "NHWC", "ortho")[1]
+
+
+def _fourier_weight_gradient_oracle(x: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.double().requires_grad_()
+    return torch.autograd.grad(_fourier_oracle(x, weight).square().sum() / 2, weight)[0]
+
+
+def _fourier_operations() -> Iterator[Operation]:
+    """A grid of each kernel: one, two and four threads a line, and matrix products; an odd batch and part of a tile."""
+    for shape, dtype, planes in [
+        ((3, 7, 7, 37), F32, False),
+        ((3, 28, 28, 10), F32, True),
+        ((2, 56, 56, 5), F32, False),
+        ((2, 15, 20, 5), F32, True),
+        ((3, 14, 14, 20), BF16, True),
+        ((3, 32, 32, 5), F16, False),
+    ]:
+        make, tolerance = _fourier_inputs(shape, dtype, planes), {F32: 2e-6, BF16: 4e-3, F16: 6e-4}[dtype]
+        name = f"{shape[1]}x{shape[2]} {short(dtype)} {'planes' if planes else 'pixels'}"
+        yield Operation(
+            f"fourier_filter2d {name}", make, nk.fourier_filter2d, _fourier_oracle, tolerance, gradient=dtype == F32
+        )
+        if dtype == F32:
+            run, oracle = _fourier_weight_gradient, _fourier_weight_gradient_oracle
+            yield Operation(f"fourier_filter2d weight gradient {name}", make, run, oracle, 4e-6)
+
+
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # n = 40: supports of one to two blocks of the factor; 150: of 70 coordinates, beyond what shared memory holds.
 OPERATIONS = (
@@ -642,6 +1222,17 @@ OPERATIONS = (
         for dtype in (F32, F64, BF16, F16)
         for weighted in (False, True)
     ),
+    # One warp a matrix, four, sixteen with the matrix in the workspace; R in pieces.
+    Operation("matrix_rank", _low_rank_inputs, _ranks, _ranks_oracle, 0.0),
+    Operation("matrix_rank hermitian", _matrices_of((9, 21, 21), F32), _hermitian_rank, _hermitian_rank_oracle, 0.0),
+    Operation("svdvals float32", _matrices_of((9, 30, 20), F32), nk.svdvals, _values_oracle, 5e-7, gradient=True),
+    Operation("svdvals float64", _matrices_of((5, 30, 70), F64), nk.svdvals, _values_oracle, 1e-13, gradient=True),
+    Operation("svdvals bfloat16", _matrices_of((5, 60, 33), BF16), nk.svdvals, _values_oracle, 5e-7),
+    Operation("svdvals float16 large", _matrices_of((3, 200, 170), F16), nk.svdvals, _values_oracle, 5e-7),
+    Operation("svdvals float64 tall", _matrices_of((4, 300, 40), F64), nk.svdvals, _values_oracle, 1e-13),
+    Operation("low_rank_project", _matrices_of((4, 40, 24), F32), _projected, _projected_oracle, 1e-5, gradient=True),
+    *_norm_operations(),
+    *_fourier_operations(),
 )
 
 

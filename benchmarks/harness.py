@@ -40,11 +40,16 @@ with contextlib.suppress(ImportError):  # a visit to a GPU measures without tabl
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHES = {name: f"bench_{name}" for name in ("covlasso", "covlasso_path", "covariance", "spectrum", "overhead")}
+BENCHES |= {"domain_norm": "bench_domain_norm"}
+BENCHES |= {"fourier_filter": "bench_fourier_filter"}
+BENCHES |= {"retrieval_metrics": "bench_retrieval_metrics"}
+BENCHES |= {"retrieval": "bench_retrieval"}
 BENCHES |= {"gpu": "gpu_cases"}  # argument of the command: module
 SCHEMA = 1
 MIN_ROUNDS = 5
 TABLE_WIDTH = 150  # columns, where the output is no wider terminal
 VERSIONS = ("numpy", "scipy", "triton", "cupy-cuda13x", "scikit-learn", "adelie", "celer", "skglm", "scm2cpp-learn")
+VERSIONS += ("faiss-cpu",)
 
 
 class AccuracyError(AssertionError):
@@ -88,6 +93,7 @@ class Case:
     flops: float = 0.0  # per unit
     rates: Rates | None = None  # what bytes and flops are held against; None: no floor
     facts: dict[str, Any] = field(default_factory=dict)
+    rounds: int = MIN_ROUNDS  # at least; 2 or more, fewer than others where a contender takes minutes
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Budget:
     """How much time a case may take."""
 
     quick: bool
-    case_seconds: float  # rounds stop after this, but not before MIN_ROUNDS
+    case_seconds: float  # rounds stop after this, but not before those of the case
     round_seconds: float  # a peer gets as many units a round as fit, see `bench_covlasso`
     search_seconds: float  # for choosing one peer's tolerance
 
@@ -199,13 +205,17 @@ def timer_for(threads: int) -> Callable[[], float]:
 
 
 def interleaved_seconds(
-    contenders: Sequence[Contender], budget: Budget, timer: Callable[[], float], seed: int = 0
+    contenders: Sequence[Contender],
+    budget: Budget,
+    timer: Callable[[], float],
+    seed: int = 0,
+    min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, list[float]]:
     """Seconds a unit of every contender, one entry a round; the order within a round is random."""
     order, chance = list(contenders), random.Random(seed)
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     start = time.perf_counter()
-    while len(seconds[order[0].name]) < MIN_ROUNDS or time.perf_counter() - start < budget.case_seconds:
+    while len(seconds[order[0].name]) < min_rounds or time.perf_counter() - start < budget.case_seconds:
         chance.shuffle(order)
         for contender in order:
             seconds[contender.name].append(seconds_of(contender.run, contender.clock, timer) / contender.units)
@@ -312,7 +322,7 @@ def measure(case: Case, budget: Budget) -> dict[str, Any]:
         errors |= {rival.name: checked_error(rival) for rival in rivals}
         timed = [case.ours, *(rival for rival in rivals if within_limit(rival, errors[rival.name]))]
         clocked = timed if case.device is None else [on_device_clock(contender, case.device) for contender in timed]
-        seconds = interleaved_seconds(clocked, budget, timer_for(case.threads))
+        seconds = interleaved_seconds(clocked, budget, timer_for(case.threads), min_rounds=case.rounds)
 
     def entry(contender: Contender | Missing) -> dict[str, Any]:
         if isinstance(contender, Missing):

@@ -1,8 +1,8 @@
 """Dependency-aware neural networks: kernels as torch operators and the analyses built on them.
 
 `import neuraldeps_kernels as nk` registers `torch.ops.neuraldeps.*`. The submodules `analysis`, `arrays` (NumPy),
-`data`, `distributed`, `losses`, `models`, `profiling` and `reference` are loaded at their first use, `cupy` when it is
-imported.
+`data`, `distributed`, `distributed_retrieval`, `losses`, `models`, `nn`, `profiling` and `reference` are loaded at
+their first use, `cupy` when it is imported.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ if not _OPS_LIBRARY.is_file():
 torch.ops.load_library(_OPS_LIBRARY)
 torch.ops.neuraldeps.cpu_levels()  # raises ValueError here, not at the first kernel, if NEURALDEPS_CPU_LEVEL is wrong
 
+from neuraldeps_kernels.ops.chunked_retrieval import (  # noqa: E402  needs the operators
+    k_reciprocal_rerank_chunked,
+    knn_chunked,
+)
 from neuraldeps_kernels.ops.covariance import (  # noqa: E402  needs the operators
     CovarianceAccumulator,
     CrossCovariance,
@@ -38,7 +42,31 @@ from neuraldeps_kernels.ops.covlasso import (  # noqa: E402  needs the operators
     covlasso_top_k,
     lambda_max,
 )
+from neuraldeps_kernels.ops.domain_norm import (  # noqa: E402  needs the operators
+    centred_affine,
+    domain_batch_norm,
+    instance_moments,
+    normalize,
+)
 from neuraldeps_kernels.ops.factored import FactoredCovariance  # noqa: E402  needs the operators
+from neuraldeps_kernels.ops.fourier_filter import fourier_filter2d  # noqa: E402  needs the operators
+from neuraldeps_kernels.ops.gnn_rerank import gnn_rerank  # noqa: E402  needs the operators
+from neuraldeps_kernels.ops.query_expansion import (  # noqa: E402  needs the operators
+    alpha_query_expansion,
+    database_augmentation,
+    expanded_neighbors_rerank,
+)
+from neuraldeps_kernels.ops.retrieval import (  # noqa: E402  needs the operators
+    jaccard_distance,
+    k_reciprocal_rerank,
+    k_reciprocal_rerank_from_neighbors,
+    knn,
+)
+from neuraldeps_kernels.ops.retrieval_metrics import (  # noqa: E402  needs the operators
+    RetrievalMetrics,
+    retrieval_metrics,
+    retrieval_metrics_from_features,
+)
 from neuraldeps_kernels.ops.spectrum import (  # noqa: E402  needs the operators
     effective_rank,
     low_rank_project,
@@ -47,7 +75,18 @@ from neuraldeps_kernels.ops.spectrum import (  # noqa: E402  needs the operators
     svdvals,
 )
 
-_LAZY_SUBMODULES = ("analysis", "arrays", "data", "distributed", "losses", "models", "profiling", "reference")
+_LAZY_SUBMODULES = (
+    "analysis",
+    "arrays",
+    "data",
+    "distributed",
+    "distributed_retrieval",
+    "losses",
+    "models",
+    "nn",
+    "profiling",
+    "reference",
+)
 
 __all__ = [
     "CovLassoPath",
@@ -56,16 +95,34 @@ __all__ = [
     "CrossCovariance",
     "CrossCovarianceAccumulator",
     "FactoredCovariance",
+    "RetrievalMetrics",
     "__version__",
+    "alpha_query_expansion",
+    "centred_affine",
     "covariance",
     "covlasso",
     "covlasso_path",
     "covlasso_top_k",
     "cross_covariance",
+    "database_augmentation",
+    "domain_batch_norm",
     "effective_rank",
+    "expanded_neighbors_rerank",
+    "fourier_filter2d",
+    "gnn_rerank",
+    "instance_moments",
+    "jaccard_distance",
+    "k_reciprocal_rerank",
+    "k_reciprocal_rerank_chunked",
+    "k_reciprocal_rerank_from_neighbors",
+    "knn",
+    "knn_chunked",
     "lambda_max",
     "low_rank_project",
     "matrix_rank",
+    "normalize",
+    "retrieval_metrics",
+    "retrieval_metrics_from_features",
     "stable_rank",
     "svdvals",
 ]

@@ -16,7 +16,16 @@ import torch
 import neuraldeps_kernels
 
 # Per hot path the kernels that serve it on a CUDA device, best first; on the CPU C++ serves all.
-CUDA_KERNELS = {"covariance": "Triton", "covlasso": "CUDA C++", "spectrum": None}
+CUDA_KERNELS = {
+    "covariance": "Triton",
+    "covlasso": "CUDA C++",
+    "domain_norm": "Triton",
+    "fourier_filter": "CUDA C++",
+    "gnn_rerank": None,
+    "retrieval": None,
+    "retrieval_metrics": None,
+    "spectrum": "CUDA C++",
+}
 
 
 def collect() -> dict[str, Any]:

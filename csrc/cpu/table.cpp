@@ -4,21 +4,48 @@
 
 #include "neuraldeps/cpu_api.h"
 
-#define ND_KERNELS(X)   \
-  X(covlasso_f32)       \
-  X(covlasso_f64)       \
-  X(covlasso_top_k_f64) \
-  X(covlasso_pack_f32)  \
-  X(covlasso_pack_f64)  \
-  X(lambda_max_f32)     \
-  X(lambda_max_f64)     \
-  X(moments_plan)       \
-  X(moments_start)      \
-  X(moments_pack)       \
-  X(moments_multiply)   \
-  X(moments_finish)     \
-  X(spectrum_plan)      \
-  X(spectrum)
+#define ND_KERNELS(X)         \
+  X(covlasso_f32)             \
+  X(covlasso_f64)             \
+  X(covlasso_top_k_f64)       \
+  X(covlasso_pack_f32)        \
+  X(covlasso_pack_f64)        \
+  X(lambda_max_f32)           \
+  X(lambda_max_f64)           \
+  X(moments_plan)             \
+  X(moments_start)            \
+  X(moments_pack)             \
+  X(moments_multiply)         \
+  X(moments_finish)           \
+  X(spectrum_plan)            \
+  X(spectrum)                 \
+  X(fourier_filter_plan)      \
+  X(fourier_filter_start)     \
+  X(fourier_filter_prepare)   \
+  X(fourier_filter_apply)     \
+  X(fourier_filter_gradients) \
+  X(fourier_filter_finish)    \
+  X(fourier_blocks_plan)      \
+  X(fourier_blocks_spectra)   \
+  X(fourier_blocks_synthesis) \
+  X(fourier_blocks_room)      \
+  X(fourier_blocks_products)  \
+  X(neighbors_plan)           \
+  X(neighbors_scan)           \
+  X(neighbors_settle)         \
+  X(neighbors_pack)           \
+  X(neighbors_search)         \
+  X(neighbors_finish)         \
+  X(neighbors_exact)          \
+  X(retrieval_metrics_room)   \
+  X(retrieval_metrics)        \
+  X(norm_blocks)              \
+  X(norm_moments)             \
+  X(norm_affine)              \
+  X(norm_sums)                \
+  X(norm_input_grad)          \
+  X(domain_norm_forward)      \
+  X(domain_norm_backward)
 
 #define ND_DECLARE(name) std::remove_pointer_t<decltype(Kernels::name)> name;
 #define ND_ENTRY(name) .name = name,

@@ -1,4 +1,7 @@
-"""The command `neuraldeps`: info, deps, compare, rank, demo, bench. Bad input: one clear line and exit status 2."""
+"""The command `neuraldeps`: info, deps, compare, rank, rerank, eval, demo, bench.
+
+Bad input: one clear line and exit status 2.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import typer
 
 import neuraldeps_kernels
 from neuraldeps_kernels import _info
-from neuraldeps_kernels.cli import compare, demo, deps, rank
+from neuraldeps_kernels.cli import compare, demo, deps, rank, retrieval
 
 app = typer.Typer(
     help="Dependency-aware neural networks: which categories a classifier expresses through which others.",
@@ -23,6 +26,8 @@ app = typer.Typer(
 app.command()(deps.deps)
 app.command()(compare.compare)
 app.command()(rank.rank)
+app.command()(retrieval.rerank)
+app.command("eval")(retrieval.evaluate)
 app.command()(demo.demo)
 
 # The base of all errors of usage, which typer does not export under one name in all its versions.

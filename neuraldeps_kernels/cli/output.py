@@ -73,11 +73,11 @@ def curve_table(name: str, report: DependencyReport) -> Table:
     return table
 
 
-def check_output(folder: Path | None, force: bool) -> None:
+def check_output(folder: Path | None, force: bool, plots: bool = True) -> None:
     """Raises ValueError where `folder` could not be written in the end, so that long work does not start in vain."""
     if folder is None:
         return
-    if importlib.util.find_spec("matplotlib") is None:
+    if plots and importlib.util.find_spec("matplotlib") is None:
         raise ValueError('--out needs matplotlib for its plots: pip install "neuraldeps_kernels[plot]"')
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} exists and is not a folder")
@@ -86,14 +86,14 @@ def check_output(folder: Path | None, force: bool) -> None:
 
 
 @contextmanager
-def output_folder(folder: Path, force: bool) -> Iterator[Path]:
+def output_folder(folder: Path, force: bool, plots: bool = True) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends, and leaves no trace if it fails.
 
     Failure includes the signals that end a program (SIGTERM, SIGHUP, SIGINT). With `force` its files replace
     those of the same names in an existing `folder`, each in one step and all before a signal ends the program; others
     stay.
     """
-    check_output(folder, force)
+    check_output(folder, force, plots)
     target = folder.absolute()
     made = [parent for parent in target.parents if not parent.exists()]
     with _EndingSignals() as signals:
@@ -104,7 +104,7 @@ def output_folder(folder: Path, force: bool) -> Iterator[Path]:
                 draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             yield draft
             draft.chmod(0o777 & ~_umask())
-            check_output(folder, force)
+            check_output(folder, force, plots)
             with signals.waiting():
                 _move(draft, target)
             made = []

@@ -121,7 +121,7 @@ def read_logits(path: str | Path, key: str | None = None) -> Tensor:
     file is missing, unreadable or truncated, or where the array is not 2-D, not floating, empty, of fewer than 2
     samples, or holds NaN or infinity.
     """
-    logits = _read_array(Path(path), key)
+    logits = _choose(Path(path), read_arrays(path), key)
     if logits.ndim != 2:
         raise ValueError(f"{path}: expected logits [samples, categories], found shape {list(logits.shape)}")
     if not logits.is_floating_point():
@@ -154,7 +154,12 @@ def read_lines(path: str | Path, length: int, what: str) -> list[str]:
     return lines
 
 
-def _read_array(path: Path, key: str | None) -> Tensor:
+def read_arrays(path: str | Path) -> Mapping[str, Tensor]:
+    """The arrays of numbers in a `.npy`, `.npz`, `.pt`/`.pth` or `.safetensors` file by name; nothing is unpickled.
+
+    Raises ValueError that starts with the path where the file is missing, of another kind, unreadable or truncated.
+    """
+    path = Path(path)
     readers = {
         ".npy": _read_npy,
         ".npz": _read_npz,
@@ -168,10 +173,9 @@ def _read_array(path: Path, key: str | None) -> Tensor:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        arrays = reader(path)
+        return reader(path)
     except Exception as error:  # each format's library has its own classes of errors for a broken file
         raise ValueError(f"{path}: cannot be read: {_reason(error)}") from error
-    return _choose(path, arrays, key)
 
 
 def _choose(path: Path, arrays: Mapping[str, Tensor], key: str | None) -> Tensor:
@@ -193,7 +197,9 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     if not zipfile.is_zipfile(path):
         raise ValueError("not a zip archive, or truncated")
     with np.load(path, allow_pickle=False) as file:
-        return {name: _from_numpy(file[name]) for name in file.files}
+        arrays = {name: file[name] for name in file.files}
+    text = [name for name, array in arrays.items() if array.dtype.kind in "US"]  # such as paths of pictures
+    return {name: _from_numpy(array) for name, array in arrays.items() if name not in text}
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

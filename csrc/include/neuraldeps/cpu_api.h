@@ -120,7 +120,11 @@ struct SpectrumArgs {
   const float* value_gradient;
   float* gradient;
   bool* unresolved;
+  // Or null. What the gradient needs of the computation of the values, spectrum_forms(batch, k) numbers aligned to 64
+  // bytes: written with values not in float64, read with a gradient; tasks then begin at multiples of 8 matrices.
+  double* forms;
 };
+inline int64_t spectrum_forms(int64_t batch, int64_t k) { return (batch + 7) / 8 * 8 * k * (k + 4); }
 constexpr int64_t kSpectrumGroup = 16;  // small matrices that a task of its best speed holds, or multiples of it
 constexpr int64_t kRankUndecided = -2;  // rounding may change the count: the caller takes singular values in float64
 
@@ -128,6 +132,165 @@ struct SpectrumPlan {
   int64_t group;            // matrices a task had best hold; any other number gives the same results
   int64_t workspace_bytes;  // of a task, aligned to 64
 };
+
+// Fourier filter of images of H x W pixels and C channels, Wf = W / 2 + 1:
+//   y = irfft2(rfft2(x) K), or with grad g = dL/dy:  y = dx = irfft2(rfft2(g) conj K),  dweight = dL/dK.
+// Elements, in them, from one image, row, pixel or channel to the next. Either channel = 1, or pixel = 1 and row = W.
+struct ImageStrides {
+  int64_t batch, row, pixel, channel;
+};
+struct FourierFilterArgs {
+  const void* x;     // images of dtype
+  const void* grad;  // those of g, or null
+  void* y;
+  ImageStrides x_strides, grad_strides, y_strides;
+  Dtype dtype;
+  int64_t batch, height, width, channels;  // batch >= 0, the others >= 1
+  const void* weight;                      // [H, Wf, C, 2], float64 for float64 images, else float32
+  void* dweight;                           // the same, with grad
+  int64_t splits;                          // of FourierFilterPlan
+  // Of the bytes that FourierFilterPlan names, aligned to 64:
+  void* table;
+  void* filter;
+  void* sums;  // with grad
+};
+
+// Order: start; prepare of all blocks; then apply of all blocks times batch tasks, or, with grad, gradients of all
+// blocks times splits tasks and finish of all blocks.
+struct FourierFilterPlan {
+  int64_t blocks;  // of channels
+  int64_t splits;  // of the batch, in the gradient
+  int64_t table_bytes, filter_bytes, sums_bytes;
+  int64_t workspace_bytes;  // of a task of apply or gradients, aligned to 64
+};
+
+// The same with block-diagonal filters, channels of one of G blocks mixed by K [D, D] from input to output channel,
+// D = C / G; a batch of images after the other, through their spectra.
+struct FourierBlocksArgs {
+  FourierFilterArgs filter;  // weight and dweight [H, Wf, G, D, D, 2]; splits, filter and sums are not used
+  int64_t groups;            // G
+  int64_t first, images;     // of this batch
+  // Of FourierBlocksPlan: numbers from one frequency, or image, to the next, and bytes aligned to 64
+  int64_t mode_stride, image_stride;
+  void *x_spectra, *grad_spectra;  // [images, H, Wf, C rounded up, 2]; grad_spectra with grad
+};
+
+// Order: fourier_filter_start; then for each batch of images in order spectra of all blocks times images tasks, twice
+// as many with grad; products of all H Wf frequencies; synthesis of all blocks times images tasks.
+struct FourierBlocksPlan {
+  int64_t blocks;  // of channels
+  int64_t images;  // of a batch, all but the last
+  int64_t mode_stride, image_stride;
+  int64_t spectra_bytes;    // of each of the two
+  int64_t workspace_bytes;  // of a task, aligned to 64
+};
+
+// Exact nearest neighbours: for every row x the k rows y with the smallest (key, index), where
+//
+//   key = |x - y|^2    or    1 - <x, y> / (|x| |y|)    or    -<x, y>       in float64, of the values given.
+//
+// Candidates come from products in float32 or bfloat16 whose error is bounded row by row, then float64 decides.
+enum class Metric : int { kSquaredEuclidean, kCosine, kInnerProduct };
+struct NeighborsArgs {
+  const void* x;  // [n, dim] rows of dtype, x_stride apart
+  const void* y;  // [m, dim] rows of dtype, y_stride apart
+  bool joined;    // rows of x, then of y, are one set of N = n + m searched within itself, at half the work. Else x is
+                  // searched in y: N = n
+  Dtype dtype;    // float32 or float64
+  int64_t n, m, dim, x_stride, y_stride;  // n + m, dim >= 1, below 2^31 rows to search in
+  Metric metric;
+  int64_t k;        // 1 .. rows to search in
+  bool reduced;     // candidates in bfloat16, where the machine multiplies it
+  double* key;      // [N, k] ascending, ties by index
+  int64_t* index;   // [N, k]
+  double* largest;  // [N] the largest key of every row, or null
+  bool* undecided;  // [N] rows with more candidates than there is room for: neighbors_exact is left to do
+  // Of one set, the first num_queries rows may be asked for more:
+  int64_t num_queries;
+  int64_t query_k;       // k or more neighbours, all of them
+  double* query_key;     // [num_queries, query_k], or null: no more than k
+  int64_t* query_index;  // [num_queries, query_k]
+  float* dense;          // [num_queries, N - num_queries] keys with all rows that are no queries, or null; not for
+                         // inner products
+  void* state;           // NeighborsPlan::state_bytes, aligned to 64
+};
+
+// In order: scan all rows; settle once; pack all strips; search all tasks; finish all N rows. The tasks of one range
+// may run at once and in any order, with the same result.
+struct NeighborsPlan {
+  int64_t rows;          // of scan: those of x, then of y
+  int64_t strips;        // of pack
+  int64_t search_tasks;  // unequal: had best be handed out one by one
+  int64_t state_bytes;
+  int64_t workspace_bytes;  // of a search, finish or exact task
+};
+
+// Average precision, inverse negative penalty and first rank of every query, from distances to the gallery. Items of
+// the query's identity are positives, unless they are junk: of the query's camera, or excluded. Junk counts nowhere.
+enum class Precision : int { kStandard, kTrapezoid, kTied };  // m / r; mean with (m-1) / (r-1); ties share one value
+struct RetrievalMetricsArgs {
+  const void* distance;  // [nq, ng] of dtype, rows `stride` apart
+  Dtype dtype;           // float32 or float64
+  int64_t nq, ng, stride;
+  const int64_t* order;         // [ng] gallery items, those of one identity side by side
+  const int64_t *begin, *end;   // [nq] those of the query's identity: order[begin] .. order[end - 1]
+  int64_t most_alike;           // largest end - begin
+  const int64_t* query_camera;  // [nq], or null: no item is junk by its camera
+  const int64_t* gallery_camera;
+  const bool* excluded;                           // [groups, ng], or null
+  const int64_t* group;                           // [nq] row of `excluded`
+  const int64_t *excluded_list, *excluded_start;  // the same as lists: [groups + 1] into the list
+  const int32_t* identity;                        // [ng] 0 .. identities - 1: first ranks count identities; or null
+  int64_t identities;
+  Precision precision;
+  // Or null. Distances, then float32, are approximate: off by at most slack [nq] from the key, which is
+  // |u_q x_q - v_j y_j|^2 or -<u_q x_q, v_j y_j> in float64 and decides.
+  const void *query, *gallery;  // [nq, dim], [ng, dim] of dtype_of_features, rows a stride apart
+  Dtype dtype_of_features;      // float32 or float64
+  int64_t dim, query_stride, gallery_stride;
+  bool inner_product;
+  const double *query_unit, *gallery_unit, *slack;  // u, v
+  double *ap, *inp;                                 // [nq], NaN without a positive
+  int64_t* first_rank;                              // [nq], 0 without a positive, -1 if a distance is NaN
+};
+
+// Values of N samples, C channels and S positions: x [N, C, S], or [N, S, C] if channels_last. All arrays of values
+// have that layout and dtype. Tables [N, C] are float32, float64 for float64 values ("wide").
+struct NormArgs {
+  Dtype dtype;
+  bool channels_last;
+  int64_t N, C, S;  // S >= 1
+  const void* x;
+  const void* grad;      // dy, or null
+  const void* result;    // y of a ReLU, whose gradient dy' is dy where y > 0 and else 0; null: dy' = dy
+  const void* residual;  // or null
+  void* out;             // y or dx
+  void* out_residual;    // dy', or null
+  bool relu;
+  const void *mean, *scale, *shift, *slope;  // [N, C]
+  void *sum, *centred_sum;                   // [N, C] results
+};
+
+// Batch normalisation of groups of samples, the domains. A task is one group or sample and one block of channels.
+struct DomainNormArgs {
+  NormArgs values;  // its tables are not used
+  int64_t groups;
+  const int64_t* group;               // [N] of each sample
+  const int64_t* order;               // [N] samples, group by group
+  const int64_t* first;               // [groups + 1] into order
+  double *partial, *centred_partial;  // [N, C] scratch of the stages
+  double *mean, *variance;            // [groups, C], biased; written by the forward, read by the backward
+  const void *weight, *bias;          // wide [groups, C], or [C] shared; null: 1, 0
+  bool shared_affine;
+  double eps;
+  bool batch_statistics;                 // backward: mean and variance depend on x
+  double *weight_grad, *bias_grad;       // backward: [groups, C], written
+  void *centre, *scale, *shift, *slope;  // wide [groups, C] scratch of the stages
+};
+
+// Everything at once, a task a group; or, one after the other, kReduce by sample, kMerge by group, kApply by sample.
+// kPrepare by group stands for kReduce and kMerge of a forward whose mean and variance are given.
+enum class NormStage { kAll, kReduce, kMerge, kPrepare, kApply };
 
 // One table per instruction-set level.
 struct Kernels {
@@ -151,6 +314,37 @@ struct Kernels {
   // Matrices [begin, end) of the batch.
   SpectrumPlan (*spectrum_plan)(const SpectrumArgs& args);
   void (*spectrum)(const SpectrumArgs& args, int64_t begin, int64_t end, void* workspace);
+  // Order: see FourierFilterPlan.
+  FourierFilterPlan (*fourier_filter_plan)(const FourierFilterArgs& args);
+  void (*fourier_filter_start)(const FourierFilterArgs& args);
+  void (*fourier_filter_prepare)(const FourierFilterArgs& args, int64_t begin, int64_t end);
+  void (*fourier_filter_apply)(const FourierFilterArgs& args, int64_t begin, int64_t end, void* workspace);
+  void (*fourier_filter_gradients)(const FourierFilterArgs& args, int64_t begin, int64_t end, void* workspace);
+  void (*fourier_filter_finish)(const FourierFilterArgs& args, int64_t begin, int64_t end);
+  // Order: see FourierBlocksPlan.
+  FourierBlocksPlan (*fourier_blocks_plan)(const FourierBlocksArgs& args);
+  void (*fourier_blocks_spectra)(const FourierBlocksArgs& args, int64_t begin, int64_t end, void* workspace);
+  void (*fourier_blocks_synthesis)(const FourierBlocksArgs& args, int64_t begin, int64_t end, void* workspace);
+  int64_t (*fourier_blocks_room)(const FourierBlocksArgs& args);  // workspace_bytes of products
+  void (*fourier_blocks_products)(const FourierBlocksArgs& args, int64_t begin, int64_t end, void* workspace);
+  NeighborsPlan (*neighbors_plan)(const NeighborsArgs& args);
+  void (*neighbors_scan)(const NeighborsArgs& args, int64_t begin, int64_t end);
+  int64_t (*neighbors_settle)(const NeighborsArgs& args);  // the first row without a key, or -1
+  void (*neighbors_pack)(const NeighborsArgs& args, int64_t begin, int64_t end);
+  void (*neighbors_search)(const NeighborsArgs& args, int64_t task, void* workspace);
+  void (*neighbors_finish)(const NeighborsArgs& args, int64_t begin, int64_t end, void* workspace);
+  void (*neighbors_exact)(const NeighborsArgs& args, int64_t row, void* workspace);  // against all of y in float64
+  // Queries [begin, end), with so many bytes of a task, aligned to 64.
+  int64_t (*retrieval_metrics_room)(const RetrievalMetricsArgs& args);
+  void (*retrieval_metrics)(const RetrievalMetricsArgs& args, int64_t begin, int64_t end, void* workspace);
+  // Blocks of channels that tasks are made of: task t of the norm_* kernels is sample t / blocks, block t % blocks.
+  int64_t (*norm_blocks)(const NormArgs& args);
+  void (*norm_moments)(const NormArgs& args, int64_t begin, int64_t end);  // x -> sum: mean, centred_sum: variance
+  void (*norm_affine)(const NormArgs& args, int64_t begin, int64_t end);   // out = act(scale (x-mean)+shift+residual)
+  void (*norm_sums)(const NormArgs& args, int64_t begin, int64_t end);     // sum of dy', of dy' (x - mean)
+  void (*norm_input_grad)(const NormArgs& args, int64_t begin, int64_t end);  // scale dy' + shift + slope (x - mean)
+  void (*domain_norm_forward)(const DomainNormArgs& args, NormStage stage, int64_t begin, int64_t end);
+  void (*domain_norm_backward)(const DomainNormArgs& args, NormStage stage, int64_t begin, int64_t end);
 };
 
 // Runs all stages; parallel(count, f) must call f(begin, end) over [0, count) and return when all are done.
