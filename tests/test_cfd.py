@@ -1,4 +1,4 @@
-"""Acceptance checks of papers/cfd.md, section 9, each named by its number, and the reference model.
+"""Acceptance checks of CFD, each named by its number, and the reference model.
 
 The oracle is the module written step by step on whole maps: torch operations on x, one a formula of the paper file.
 """

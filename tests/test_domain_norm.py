@@ -1,6 +1,6 @@
 """Normalisation by domain against per-domain `F.batch_norm`, float64 formulas and the plain PyTorch reference.
 
-Checks named "Check n" are those of section 8 of papers/gdnorm.md, "CFD check n" those of section 9 of papers/cfd.md.
+Checks named "Check n" are acceptance checks of GDNorm, "CFD check n" of CFD.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import multiprocessing
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch import Tensor
 import neuraldeps_kernels as nk
 from neuraldeps_kernels import centred_affine, domain_batch_norm, instance_moments, normalize
 from neuraldeps_kernels.reference import domain_norm as reference
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -325,6 +328,32 @@ def test_single_value() -> None:
     torch.testing.assert_close(mean[1], 0.1 * x[0].detach())
     with pytest.raises(ValueError, match="domain 1 has a single value per channel"):
         domain_batch_norm(x, domain, mean, var, training=True, strict=True)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_ids_that_name_no_domain_in_the_reference(training: bool, shared: bool) -> None:
+    """NaN for their samples; statistics and gradients of the parameters are those of the other samples."""
+    torch.manual_seed(7)
+    x, grad = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    domain = torch.tensor([0, 5, 1, 0, -2])
+    valid = torch.tensor([True, False, True, True, False])
+    running = torch.randn(2, 3), torch.rand(2, 3)
+    weight, bias = torch.randn(2, 3) if shared else torch.randn(2, 2, 3)
+
+    def results(rows: Tensor) -> list[Tensor]:
+        y, *statistics = reference.domain_batch_norm(
+            x[rows], domain[rows], *running, weight, bias, None, 2, training, 1e-5, "none", False
+        )
+        saved = (grad[rows], x[rows], domain[rows], weight, *statistics, None)
+        dx, *rest = reference.domain_batch_norm_backward(*saved, training, 1e-5, shared, False)
+        return [y, dx, *statistics, *rest]
+
+    y, dx, *others = results(torch.ones(5, dtype=torch.bool))
+    want_y, want_dx, *want_others = results(valid)
+    assert bool(y[~valid].isnan().all() and dx[~valid].isnan().all())
+    for got, want in zip((y[valid], dx[valid], *others), (want_y, want_dx, *want_others), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3, 3), (2, 4, 0, 3), (2, 0, 3, 3)], ids=str)
@@ -715,7 +744,27 @@ def test_synchronised_over_processes(world: int, tmp_path: Path) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ CUDA
+# ------------------------------------------------------------------------------------------------ sanitizers, CUDA
+
+
+def test_sanitizers(tmp_path: Path, build_script, cpu_levels: list[str]) -> None:
+    """The kernels alone, on arrays of exactly the sizes they ask for, task by task."""
+    level, program = cpu_levels[-1], tmp_path / "driver"
+    flags = ["-std=c++20", "-O1", "-g1", "-fopenmp-simd", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [ROOT / "tests/domain_norm_sanitizer_driver.cpp", ROOT / "csrc/cpu/domain_norm.cpp"]
+    command = [
+        *os.environ.get("CXX", "g++").split(),
+        *flags,
+        *build_script.cpu_levels()[level],
+        f"-DND_CPU_LEVEL={level}",
+        f"-I{ROOT}/csrc/include",
+        *map(str, sources),
+        "-o",
+        str(program),
+    ]
+    subprocess.run(command, check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.gpu

@@ -608,7 +608,7 @@ def check_sync_calibrated(rank: int, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("check", [check_sync_domain, check_sync_calibrated])
 def test_check_6_processes_share_a_batch(check: Any, world: int, tmp_path: Path) -> None:
-    """Check 6 of gdnorm.md: the all-reduced moments are those of one process with the whole batch."""
+    """Check 6 of GDNorm: the all-reduced moments are those of one process with the whole batch."""
     on_every_rank(check, world, tmp_path)
 
 

@@ -8,17 +8,17 @@
 // per sample n and channel c, or, by domain k, with g = mean_k and A, B, offset, slope of all samples of k.
 //
 // Floor in bytes an element of float32: 8 forward (x read, y written) and 12 backward (x, dy read, dx written) while
-// the values of a domain in a block of channels stay in cache between the two passes over them, else 12 and 20. Flops
-// (3 and 4 a value and pass) are hidden behind that.
+// the values of the batch stay in cache between the two passes over them, else 12 and 20. Flops (3 and 4 a value and
+// pass) are hidden behind that, but for short rows, whose sums over lanes count as much.
 //
-// Layouts: [N, C, S], where a block is one channel and vectors run along S, and [N, S, C], where a block is
-// kBlockVectors registers of channels and a pass walks down S with one accumulator a channel. Batch statistics of a
-// domain and a block are one task: moments, table, affine pass, while the values are in cache. A domain that is too
-// large for that comes in segments of samples.
+// Layouts: [N, C, S], where a block is one register of channels, vectors run along S, and the sums of all channels of
+// a block go over lanes together; and [N, S, C], where a block is kBlockVectors registers of channels and a pass walks
+// down S with one accumulator a channel. Samples of enough positions go stage by stage, each in the order of memory:
+// moments of every sample, tables of the domains, affine pass. With few positions a domain and a block are one task.
 //
-// Moments are sums of x - p and (x - p)^2 about a pivot p, the mean of the first values, in float32 (float64 for
-// float64) that goes to float64 every kFlush additions. The error of the variance is that of these sums times
-// 1 + (mean - p)^2 / variance <= number of values / number of first values. Segments are merged in order by Chan's
+// Moments are sums of x - p and (x - p)^2 about a pivot p, the mean of a few values of a row or of the first rows, in
+// float32 (float64 for float64) that goes to float64 every kFlush additions. The error of the variance is that of these
+// sums times 1 + (mean - p)^2 / variance <= number of values / number of values in p. Segments are merged by Chan's
 // formula in float64. The mean of a domain is used as p = mean rounded to the precision of x, with mean - p in the
 // shift, so that nothing is lost where the mean is large.
 //
@@ -35,10 +35,9 @@ namespace {
 
 constexpr int kBlockVectors = ND_VECTOR_BYTES == 64 ? 8 : 4;  // of 32 and 16 registers
 constexpr int64_t kFlush = 128;                               // additions to a float32 accumulator
-constexpr int64_t kPivotShare =
-    64;                            // the pivot is the mean of a 64th of the values of a channel, the first ones, but of
-constexpr int64_t kPivotRows = 8;  // at least a register of them along S or so many down S
-constexpr int kAhead = 4;          // registers that one step along S takes
+constexpr int64_t kPivotShare = 64;  // down S the pivot is the mean of a 64th of the values of a channel, the first
+constexpr int64_t kPivotRows = 8;    // ones, but of at least so many rows
+constexpr int kAhead = 4;            // registers that one step along S takes
 
 ND_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ND_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -78,27 +77,28 @@ ND_INLINE void add_to(double* sums, Vec<float>::t v) {
 #endif
 }
 
-// The even and the odd lanes of a and b, one after the other, added: twice as many sums of half as many lanes.
-ND_INLINE Vec<float>::t pair_sums(Vec<float>::t a, Vec<float>::t b) {
-#if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#elif defined(__AVX2__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-#else
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
-#endif
+template <int...>
+struct Lanes {};
+template <int n, int... l>
+struct LanesUpTo : LanesUpTo<n - 1, n - 1, l...> {};
+template <int... l>
+struct LanesUpTo<0, l...> {
+  using t = Lanes<l...>;
+};
+
+// With h a power of two, lane l is the sum of lanes l and l ^ h of a where l has not the bit h, and of b where it has.
+template <int h, class Vector, int... l>
+ND_INLINE Vector pair_sums(Vector a, Vector b, Lanes<l...>) {
+  constexpr int W = sizeof...(l);
+  return __builtin_shufflevector(a, b, ((l & h) ? W + l : l)...) +
+         __builtin_shufflevector(a, b, ((l & h) ? W + (l ^ h) : l ^ h)...);
 }
-ND_INLINE Vec<double>::t pair_sums(Vec<double>::t a, Vec<double>::t b) {
-#if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-#elif defined(__AVX2__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
-#else
-  return __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3);
-#endif
+template <int h, class T>
+ND_INLINE void halve(V<T> (&v)[Vec<T>::W]) {
+  if constexpr (h > 0) {
+    for (int i = 0; i < h; i++) v[i] = pair_sums<h>(v[i], v[i + h], typename LanesUpTo<Vec<T>::W>::t());
+    halve<h / 2, T>(v);
+  }
 }
 
 // Lane i is the sum of the lanes of v[i].
@@ -106,9 +106,7 @@ template <class T>
 ND_INLINE V<T> lane_sums(const V<T> (&v)[Vec<T>::W]) {
   V<T> sums[Vec<T>::W];
   for (int i = 0; i < Vec<T>::W; i++) sums[i] = v[i];
-  for (int n = Vec<T>::W / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; i++) sums[i] = pair_sums(sums[2 * i], sums[2 * i + 1]);
-  }
+  halve<Vec<T>::W / 2, T>(sums);
   return sums[0];
 }
 
@@ -126,10 +124,23 @@ ND_INLINE V<T> square_root(V<T> v) {
 #endif
 }
 
-// v[i] = 1 / sqrt(v[i]) of whole vectors
+// a - b on the multipliers, one of which idles where sums are formed on the adders. `one` is a 1 that the compiler does
+// not see through.
 template <class T>
-ND_INLINE void reciprocal_roots(T* v, int count) {
-  for (int i = 0; i < count; i += Vec<T>::W) store(v + i, T(1) / square_root<T>(load(v + i)));
+ND_INLINE V<T> unknown_one() {
+  V<T> one = broadcast(T(1));
+#if defined(__FMA__)
+  asm("" : "+v"(one));
+#endif
+  return one;
+}
+template <class T>
+ND_INLINE V<T> difference(V<T> a, V<T> b, [[maybe_unused]] V<T> one) {
+#if defined(__FMA__)
+  return a * one - b;
+#else
+  return a - b;
+#endif
 }
 
 template <class T>
@@ -204,11 +215,39 @@ struct AlongPositions {
 
   static ND_INLINE int64_t place(const NormArgs& args, int64_t n, int64_t c) { return (n * args.C + c) * args.S; }
 
-  // Sums [W] of d and e by channel over the first `length` values of the rows of the samples, where f(i, place, count,
-  // d, e) sets d and e of channel c0 + i.
+  // sum = sum of d, other = sum of e over a row, where f(offset, count, d, e) sets d and e.
   template <class F>
-  static ND_INLINE void sum_rows(const NormArgs& args, Samples samples, int64_t c0, int64_t width, int64_t length,
-                                 double* first, double* second, const F& f) {
+  static ND_INLINE void sum_vectors(int64_t length, V<T>& sum, V<T>& other, const F& f) {
+    V<T> d, e;
+    int64_t j = 0;
+    sum = other = V<T>{};
+    if (length >= kAhead * W) {
+      V<T> sums[kAhead], others[kAhead];
+#pragma GCC unroll 4
+      for (int u = 0; u < kAhead; u++) f(u * W, W, sums[u], others[u]);
+      for (j = kAhead * W; j + kAhead * W <= length; j += kAhead * W) {
+#pragma GCC unroll 4
+        for (int u = 0; u < kAhead; u++) {
+          f(j + u * W, W, d, e);
+          sums[u] += d;
+          others[u] += e;
+        }
+      }
+      sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      other = (others[0] + others[1]) + (others[2] + others[3]);
+    }
+    for (; j < length; j += W) {
+      f(j, smaller(W, length - j), d, e);
+      sum += d;
+      other += e;
+    }
+  }
+
+  // Sums [W] of d and e by channel over the rows of the samples, where row(i, s, place) of sample s and channel c0 + i
+  // is a function of (place, count, d, e) that sets d and e.
+  template <class F>
+  static ND_INLINE void sum_rows(const NormArgs& args, Samples samples, int64_t c0, int64_t width, double* first,
+                                 double* second, const F& row) {
     V<T> sums[W], others[W];
     for (int64_t i = width; i < W; i++) sums[i] = others[i] = V<T>{};
     for (int64_t i = 0; i < W; i++) first[i] = second[i] = 0;
@@ -218,22 +257,18 @@ struct AlongPositions {
       add_to(second, lane_sums<T>(others));
       pending = 0;
     };
+    const int64_t length = args.S;
     for (int64_t s = 0; s < samples.count; s++) {
       for (int64_t j0 = 0; j0 < length; j0 += kPiece) {
         const int64_t values = smaller(kPiece, length - j0);
-        int64_t at = place(args, samples.index[s], c0) + j0;
-        for (int64_t i = 0; i < width; i++, at += args.S) {
-          V<T> part[kAhead] = {}, other[kAhead] = {};
-          for_vectors(values, [&](int u, int64_t j, int64_t count) ND_INLINED {
-            V<T> d, e;
-            f(i, at + j, count, d, e);
-            part[u] += d;
-            other[u] += e;
-          });
-          part[0] = (part[0] + part[1]) + (part[2] + part[3]);
-          other[0] = (other[0] + other[1]) + (other[2] + other[3]);
-          sums[i] = pending ? sums[i] + part[0] : part[0];
-          others[i] = pending ? others[i] + other[0] : other[0];
+        int64_t at = place(args, samples.index[s], c0);
+        for (int64_t i = 0; i < width; i++, at += length) {
+          const auto f = row(i, s, at);
+          V<T> sum, other;
+          sum_vectors(values, sum, other,
+                      [&](int64_t j, int64_t count, V<T>& d, V<T>& e) ND_INLINED { f(at + j0 + j, count, d, e); });
+          sums[i] = pending ? sums[i] + sum : sum;
+          others[i] = pending ? others[i] + other : other;
         }
         pending += values / (kAhead * W) + 2;
         if (pending >= kFlush / 2) flush();
@@ -242,31 +277,28 @@ struct AlongPositions {
     if (pending) flush();
   }
 
-  // Means of the first values of each channel.
-  static ND_INLINE void pivots(const NormArgs& args, Samples samples, int64_t c0, int64_t width, T* p) {
-    const int64_t count = smaller(args.S, W), steps = larger(1, args.S / (kPivotShare * W));
-    const In* x = static_cast<const In*>(args.x) + place(args, samples.index[0], c0);
-    V<T> sums[W];
-    for (int64_t i = width; i < W; i++) sums[i] = V<T>{};
-    for (int64_t i = 0; i < width; i++) {
-      sums[i] = take(x + i * args.S, count);
-      for (int64_t v = 1; v < steps; v++) sums[i] += take(x + i * args.S + v * W, count);
-    }
-    store(p, lane_sums<T>(sums) * (T(1) / static_cast<T>(count * steps)));
+  // Mean of a few values of a row, far from each other.
+  static ND_INLINE T pivot(const In* row, int64_t length) {
+    if (length < 4) return first_as<T>(row);
+    const int64_t step = length / 4;
+    return T(0.25) *
+           ((first_as<T>(row) + first_as<T>(row + step)) + (first_as<T>(row + 2 * step) + first_as<T>(row + 3 * step)));
   }
 
   static ND_NOINLINE void moments(const NormArgs& args, Samples samples, int64_t c0, int64_t width, double* mean,
                                   double* deviation) {
     T p[kWidth];
-    pivots(args, samples, c0, width, p);
     double first[kWidth], second[kWidth];
     const In* x = static_cast<const In*>(args.x);
-    sum_rows(args, samples, c0, width, args.S, first, second,
-             [&](int64_t i, int64_t at, int64_t count, V<T>& d, V<T>& e) ND_INLINED {
-               d = take(x + at, count) - p[i];
-               if (count < W) d = keep_first<T>(d, count);
-               e = d * d;
-             });
+    sum_rows(args, samples, c0, width, first, second, [&](int64_t i, int64_t s, int64_t start) ND_INLINED {
+      if (s == 0) p[i] = pivot(x + start, args.S);
+      const V<T> at_row = broadcast(p[i]), one = unknown_one<T>();
+      return [=](int64_t at, int64_t count, V<T>& d, V<T>& e) ND_INLINED {
+        d = difference<T>(take(x + at, count), at_row, one);
+        if (count < W) d = keep_first<T>(d, count);
+        e = d * d;
+      };
+    });
     moments_about(p, first, second, static_cast<double>(samples.count * args.S), width, mean, deviation);
   }
 
@@ -275,12 +307,14 @@ struct AlongPositions {
     const In *x = static_cast<const In*>(args.x), *grad = static_cast<const In*>(args.grad);
     const In* y = static_cast<const In*>(args.result);
     with_flags(y != nullptr, false, [&]<bool kMask, bool>() ND_INLINED {
-      sum_rows(args, samples, c0, width, args.S, first, second,
-               [&](int64_t i, int64_t at, int64_t count, V<T>& d, V<T>& e) ND_INLINED {
-                 d = take(grad + at, count);
-                 if constexpr (kMask) d = take(y + at, count) > T(0) ? d : V<T>{};
-                 e = d * (take(x + at, count) - p[i]);
-               });
+      sum_rows(args, samples, c0, width, first, second, [&](int64_t i, int64_t, int64_t) ND_INLINED {
+        const V<T> at_row = broadcast(p[i]);
+        return [=](int64_t at, int64_t count, V<T>& d, V<T>& e) ND_INLINED {
+          d = take(grad + at, count);
+          if constexpr (kMask) d = take(y + at, count) > T(0) ? d : V<T>{};
+          e = d * (take(x + at, count) - at_row);
+        };
+      });
     });
   }
 
@@ -801,8 +835,7 @@ void forward(const DomainNormArgs& args, NormStage stage, int64_t begin, int64_t
       return for_blocks<Values>(args, begin, end,
                                 [](Block block, int64_t group) { block.prepare(group, block.table_of(group)); });
     case NormStage::kApply:
-      return for_blocks<Values>(args, begin, end, [&](Block block, int64_t i) {
-        const int64_t n = args.values.N - 1 - i;  // what was read last is still in cache
+      return for_blocks<Values>(args, begin, end, [&](Block block, int64_t n) {
         Values::affine(args.values, {&n, 1}, block.c, block.width, coefficients(block.table_of(args.group[n])));
       });
   }
@@ -831,8 +864,7 @@ void backward(const DomainNormArgs& args, NormStage stage, int64_t begin, int64_
     case NormStage::kPrepare:
       return;  // of the forward only
     case NormStage::kApply:
-      return for_blocks<Values>(args, begin, end, [&](Block block, int64_t i) {
-        const int64_t n = args.values.N - 1 - i;
+      return for_blocks<Values>(args, begin, end, [&](Block block, int64_t n) {
         Values::input_grad(args.values, {&n, 1}, block.c, block.width, coefficients(block.table_of(args.group[n])));
       });
   }

@@ -1170,7 +1170,7 @@ FourierBlocksPlan blocks_plan(const FourierBlocksArgs& args) {
   const Work<T> work(filter, nullptr);
   const int64_t modes = filter.height * (filter.width / 2 + 1), numbers = static_cast<int64_t>(sizeof(T));
   const int64_t mode_stride = 2 * kLanes<T> * work.blocks;
-  // Images of a frequency are spread over the sets of a cache.
+  // Images of a frequency are spread over the sets of a cache; products may read a vector beyond the last one.
   const int64_t image_bytes = round_up(modes * mode_stride * numbers, kPage) + kSpreadBytes;
   const int64_t weight_bytes = 2 * numbers * modes * filter.channels * (filter.channels / args.groups);
   const int64_t most = larger(kFewestImages, larger(kSpectraBytes, weight_bytes) / image_bytes);

@@ -75,16 +75,31 @@ struct Signs {
 };
 
 template <class T>
+struct IntOf {
+  typedef int32_t t __attribute__((vector_size(ND_VECTOR_BYTES)));
+};
+template <>
+struct IntOf<double> {
+  typedef int64_t t __attribute__((vector_size(ND_VECTOR_BYTES)));
+};
+
+// Real and imaginary parts exchanged.
+template <class T>
 ND_INLINE V<T> swapped(V<T> v) {
-  if constexpr (sizeof(T) == 4) {
-    int32_t lanes __attribute__((vector_size(ND_VECTOR_BYTES)));
-    for (int l = 0; l < kLanes<T>; l++) lanes[l] = l ^ 1;
-    return __builtin_shuffle(v, lanes);
-  } else {
-    int64_t lanes __attribute__((vector_size(ND_VECTOR_BYTES)));
-    for (int l = 0; l < kLanes<T>; l++) lanes[l] = l ^ 1;
-    return __builtin_shuffle(v, lanes);
+  typename IntOf<T>::t lanes;
+  for (int l = 0; l < kLanes<T>; l++) lanes[l] = l ^ 1;
+  return __builtin_shuffle(v, lanes);
+}
+
+// Complex numbers a0 b0 a1 b1 .. of the lower or the upper half of the lanes.
+template <class T, bool kUpper>
+ND_INLINE V<T> pairs_of(V<T> a, V<T> b) {
+  typename IntOf<T>::t lanes;
+  for (int l = 0; l < kLanes<T>; l++) {
+    const int pair = l / 2, from = 2 * (pair / 2) + l % 2 + (kUpper ? kLanes<T> / 2 : 0);
+    lanes[l] = from + (pair % 2 ? kLanes<T> : 0);
   }
+  return __builtin_shuffle(a, b, lanes);
 }
 
 // Numbers [begin, begin + count) of kM rows from row m on, in kN vectors.
@@ -157,14 +172,34 @@ void hermitian_part(const T* K, const T* minus, int64_t D, T* to, int64_t to_row
   }
 }
 
+// K^T, by squares of kLanes / 2 complex numbers in registers.
 template <class T>
-void transposed(const T* K, int64_t row, int64_t D, T* to, int64_t to_row) {
-  constexpr int64_t kTile = 8;
-  for (int64_t i0 = 0; i0 < D; i0 += kTile) {
-    for (int64_t o = 0; o < D; o++) {
-      for (int64_t i = i0; i < smaller(i0 + kTile, D); i++)
-        std::memcpy(to + o * to_row + 2 * i, K + i * row + 2 * o, 2 * sizeof(T));
+void transpose(const T* K, int64_t row, int64_t D, T* to, int64_t to_row) {
+  constexpr int kSide = kLanes<T> / 2;
+  const int64_t whole = D / kSide * kSide;
+  for (int64_t i = 0; i < whole; i += kSide) {
+    for (int64_t o = 0; o < whole; o += kSide) {
+      V<T> square[kSide];
+#pragma GCC unroll 8
+      for (int r = 0; r < kSide; r++) square[r] = load(K + (i + r) * row + 2 * o);
+#pragma GCC unroll 4
+      for (int step = 1; step < kSide; step *= 2) {
+        V<T> next[kSide];
+#pragma GCC unroll 4
+        for (int r = 0; r < kSide / 2; r++) {
+          next[2 * r] = pairs_of<T, false>(square[r], square[r + kSide / 2]);
+          next[2 * r + 1] = pairs_of<T, true>(square[r], square[r + kSide / 2]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kSide; r++) square[r] = next[r];
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kSide; r++) store(to + (o + r) * to_row + 2 * i, square[r]);
     }
+  }
+  for (int64_t i = 0; i < D; i++) {
+    for (int64_t o = i < whole ? whole : 0; o < D; o++)
+      std::memcpy(to + o * to_row + 2 * i, K + i * row + 2 * o, 2 * sizeof(T));
   }
 }
 
@@ -298,7 +333,7 @@ struct Mode {
       T* const grad = spectra(args.grad_spectra, g);
       prefetch_next(grad, args.image_stride, args.images, 2 * D);
       multiply_gradients(x, grad, g);
-      transposed(K.data, K.row, D, work.transposed, work.row);
+      transpose(K.data, K.row, D, work.transposed, work.row);
       multiply_spectra(grad, {work.transposed, work.row}, Conjugate::kRight, scale);
     }
   }

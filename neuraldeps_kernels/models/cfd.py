@@ -1,8 +1,7 @@
 """Reference model inspired by CFD: features decomposed into identity, domain and entangled parts.
 
 "Calibrated Feature Decomposition for Generalizable Person Re-Identification" (arXiv 2111.13945). Of the paper only the
-abstract could be read, and its repository holds no code: formulas, losses and numbers are the reconstruction of
-papers/cfd.md.
+abstract could be read, and its repository holds no code: formulas, losses and numbers are our reconstruction.
 
     xh = CSBN(x; d),   z = CIN(xh),   R = xh - z           calibrated map, its identity part, what the norm removed
     (e_dom, e_ent) = softmax of the pairs of MLP(GAP(R)),   a = sigmoid(MLP(GAP(e_ent R)))          [N, C]
@@ -253,7 +252,7 @@ class CFD(nn.Module):
         domain_weight: float = DOMAIN_WEIGHT,
         ranking_weight: float = RANKING_WEIGHT,
     ) -> Tensor:
-        """L_id + L_tri + l_dom L_dom + l_dec L_dec (cfd.md, section 5): the last two are means over modules."""
+        """L_id + L_tri + l_dom L_dom + l_dec L_dec: the last two are means over modules."""
         losses = identity_losses(outputs.logits, labels) + batch_hard_triplet_losses(outputs.pooled, labels)
         total = mean_over_domains(losses, domain, self.num_domains)
         if outputs.modules:

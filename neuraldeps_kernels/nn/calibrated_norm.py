@@ -3,7 +3,7 @@
 Notation as in domain_norm.py: instance moments g, q [N, C] of x, result A (x - g) + B. `scale_and_shift` of a layer
 gives A, B from g, q alone, so that layers chain on tables [N, C] and x is read twice and written once for all of them.
 
-Source: papers/cfd.md, sections 2 and 3; both formulas are our choice, after Representative BatchNorm.
+Source: inspired by CFD (arXiv 2111.13945); both formulas are our choice, after Representative BatchNorm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from neuraldeps_kernels.nn.domain_norm import (
     pooled_statistics,
     rows_of,
 )
-from neuraldeps_kernels.ops.domain_norm import _MergeOverRanks, normalize, update_running_statistics
+from neuraldeps_kernels.ops.domain_norm import MergeOverRanks, normalize, update_running_statistics
 
 
 class CalibratedBatchNorm(DomainNorm):
@@ -44,7 +44,7 @@ class CalibratedBatchNorm(DomainNorm):
         process_group: which processes; default all.
         others: as DomainBatchNorm2d. forward(x, domain=None, *, residual=None, activation=None) as there.
 
-    Source: papers/cfd.md, section 2: calibration of Representative BatchNorm around domain-specific BatchNorm.
+    Source: inspired by CFD: calibration of Representative BatchNorm around domain-specific BatchNorm.
     """
 
     weight: nn.Parameter
@@ -172,7 +172,7 @@ class CalibratedBatchNorm(DomainNorm):
         group = active_group(self.process_group) if self.synchronize else None
         if group is not None:
             means, spread = torch.cat([mu, within], 1), torch.cat([between, torch.zeros_like(between)], 1)
-            means, spread, count = _MergeOverRanks.apply(means, spread, count, group)  # type: ignore[no-untyped-call]
+            means, spread, count = MergeOverRanks.apply(means, spread, count, group)  # type: ignore[no-untyped-call]
             mu, within, between = means[:, :C], means[:, C:], spread[:, :C]
         return mu, within, between, count
 
@@ -208,8 +208,8 @@ class CalibratedInstanceNorm2d(nn.Module):
 
         y = gamma sigmoid(w log sqrt(q + eps) + b) (x - g) / sqrt(q + eps) + beta
 
-    w [C] starts at 0 and b [C] at 1. No statistics of the batch: the same in training and eval. Source: papers/cfd.md,
-    section 3 (ours).
+    w [C] starts at 0 and b [C] at 1. No statistics of the batch: the same in training and eval. Source: inspired by
+    CFD; the formula is ours.
 
     Args:
         num_features: C.
@@ -276,5 +276,5 @@ class CalibratedInstanceNorm2d(nn.Module):
 
 
 def calibrated_instance_scale(q: Tensor, scale: Tensor, gate: Tensor, gamma: Tensor, eps: float) -> Tensor:
-    """A [N, C] of CIN (cfd.md, section 3): gamma sigmoid(w log sqrt(q + eps) + b) / sqrt(q + eps)."""
+    """A [N, C] of CIN: gamma sigmoid(w log sqrt(q + eps) + b) / sqrt(q + eps)."""
     return gamma * torch.sigmoid(0.5 * scale * (q + eps).log() + gate) * (q + eps).rsqrt()

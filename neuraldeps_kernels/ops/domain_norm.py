@@ -16,7 +16,7 @@ and arguments of the operators, else reference/domain_norm.py. Second derivative
 Memory layouts: contiguous [N, C, *] and channels-last of any rank are read as they are, anything else is copied once.
 Results have the layout of x (contiguous where x was copied). For the backward x is kept, with "relu" also y.
 
-Source: papers/gdnorm.md, section 2; papers/cfd.md, section 4.
+Source: batch norm by domain as in DSBN (Chang et al., CVPR 2019); the formulation by moments is ours.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def domain_batch_norm(
             make the host wait: samples of such an id are NaN there), or what `strict` refuses.
         TypeError: a tensor has the wrong dtype.
 
-    Source: papers/gdnorm.md, section 2.
+    Source: domain-specific batch norm (Chang et al., CVPR 2019); unseen domains and degenerate cases are our choice.
     """
     _check_x(x)
     D = _checked_tables_of_domains(x, running_mean, running_var, weight, bias, num_domains)
@@ -195,10 +195,12 @@ def update_running_statistics(
     if momentum is None and num_batches_tracked is None:
         raise ValueError("momentum=None needs num_batches_tracked")
     buffers = (running_mean, running_var, num_batches_tracked)
-    with torch.no_grad():
-        torch.ops.neuraldeps.update_running_statistics(*buffers, mean, variance, count, momentum)
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([buffer for buffer in buffers if buffer is not None])
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            _OPERATORS["update_running_statistics"](*buffers, mean, variance, count, momentum)
+        return
+    _below_autograd("update_running_statistics", *buffers, mean, variance, count, momentum)
+    torch.autograd.graph.increment_version([buffer for buffer in buffers if buffer is not None])
 
 
 @annotated
@@ -348,7 +350,7 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 def _in_transform(*tensors: Tensor | None) -> bool:
     """Inside a transform of torch.func that is not being compiled."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
         return False
     return any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
@@ -357,7 +359,7 @@ def _call(name: str, *args: Any) -> Any:
     """The operator by the shortest way: in eager mode past its autograd rule, which would double a small call."""
     if torch.compiler.is_compiling():
         return getattr(torch.ops.neuraldeps, name).default(*args)
-    if _in_transform(*(arg for arg in args if isinstance(arg, Tensor))):
+    if _in_transform(*(arg if isinstance(arg, Tensor) else None for arg in args)):
         return _FUNCTIONS[name].apply(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return _EAGER_FUNCTIONS[name].apply(*args)
@@ -374,9 +376,9 @@ def _values_per_row(x: Tensor) -> int:
     return math.prod(x.shape[2:])
 
 
-def _kernels() -> Any:
-    """What computes a gradient: the operators, or, where it will itself be differentiated, the reference."""
-    return reference if torch.is_grad_enabled() else torch.ops.neuraldeps
+def _kernel(name: str) -> Any:
+    """What computes a gradient: the operator, or, where it will itself be differentiated, the reference."""
+    return getattr(reference, name) if torch.is_grad_enabled() else _OPERATORS[name]
 
 
 # ------------------------------------------------------------------------------------------------ any coefficients
@@ -513,7 +515,7 @@ def _by_coefficients(
         wide_g = g.double()
         mean, variance, count = reference.merged_moments(wide_g, q.double(), domain, D, values)
         if group is not None:
-            mean, variance, count = _MergeOverRanks.apply(mean, variance, count, group)  # type: ignore[no-untyped-call]
+            mean, variance, count = MergeOverRanks.apply(mean, variance, count, group)  # type: ignore[no-untyped-call]
         if strict and bool((count == 1).any()):
             raise ValueError(reference.single_value_message(count))
         index = domain.clamp(0, D - 1)
@@ -534,7 +536,7 @@ def _check_ids_in_range(domain: Tensor, D: int) -> None:
         raise ValueError(f"domain must hold ids in 0..{D - 1}, not {low if low < 0 else high}")
 
 
-class _MergeOverRanks(torch.autograd.Function):
+class MergeOverRanks(torch.autograd.Function):
     """Mean, biased variance [D, C] and count [D] over the ranks of `group`, by Chan's formula in the order of ranks."""
 
     @staticmethod
@@ -573,7 +575,7 @@ def _backward_of_moments(ctx: Any, grad_mean: Tensor | None, grad_moment: Tensor
     over = 1 / max(_values_per_row(x), 1)
     offset = torch.zeros_like(g) if grad_mean is None else grad_mean * over
     slope = torch.zeros_like(g) if grad_moment is None else grad_moment * (2 * over)
-    return _kernels().centred_affine_input_grad(None, x, g, None, offset, slope, None, False)[0]  # type: ignore[no-any-return]
+    return _kernel("centred_affine_input_grad")(None, x, g, None, offset, slope, None, False)[0]  # type: ignore[no-any-return]
 
 
 def _save_for_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -588,11 +590,11 @@ def _backward_of_affine(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, .
     needs_x, needs_mean, needs_scale, needs_shift, needs_residual, _ = ctx.needs_input_grad
     dx = dresidual = dmean = S1 = S2 = None
     if needs_mean or needs_scale or needs_shift:
-        S1, S2 = _kernels().centred_affine_sums(grad, x, mean, y)
+        S1, S2 = _kernel("centred_affine_sums")(grad, x, mean, y)
         dmean = -scale * S1
     if needs_x or (needs_residual and y is not None):
         zero = torch.zeros_like(mean)
-        dx, dresidual = _kernels().centred_affine_input_grad(
+        dx, dresidual = _kernel("centred_affine_input_grad")(
             grad, x, mean, scale, zero, zero, y, needs_residual and y is not None
         )
     if needs_residual and y is None:
@@ -614,10 +616,9 @@ def _backward_of_domains(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
     needs_residual = ctx.needs_input_grad[6]
     if torch.is_grad_enabled() and ctx.training:
         mean, variance, count = reference.domain_statistics(x, domain, mean.shape[0])
-    dx, dweight, dbias, dresidual = _kernels().domain_batch_norm_backward(
-        *(grad, x, domain, weight, mean, variance, count, y),
-        *(ctx.training, ctx.eps, ctx.shared_affine, needs_residual and y is not None),
-    )
+    backward = _kernel("domain_batch_norm_backward")
+    tensors, masked_residual = (grad, x, domain, weight, mean, variance, count, y), needs_residual and y is not None
+    dx, dweight, dbias, dresidual = backward(*tensors, ctx.training, ctx.eps, ctx.shared_affine, masked_residual)
     if needs_residual and y is None:
         dresidual = grad
     found = {0: dx, 4: _in_dtype(dweight, ctx.weight_dtype), 5: _in_dtype(dbias, ctx.bias_dtype), 6: dresidual}

@@ -13,7 +13,7 @@ Operators, of the real view of K (weight [..., 2]), which has no complex number 
 - `.fourier_filter2d_backward(grad, x, weight, layout, norm) -> (dx, dweight)`. Either is linear in each of its tensors
   and the gradients of both are made of both, so that every order of derivative exists.
 
-Source: papers/famlp.md section 3 (the layer); the method is ours.
+Source: the layer of GFNet and FAMLP (arXiv 2203.12893); the method is ours.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def fourier_filter2d(x: Tensor, weight: Tensor, *, layout: str = "NHWC", norm: s
         ValueError: wrong dimensions or sizes, unknown `layout` or `norm`, tensors on different devices.
         TypeError: `x` or `weight` is no tensor, or has none of these dtypes.
 
-    Source: papers/famlp.md section 3; method of csrc/cpu/fourier_filter.cpp and fourier_filter_blocks.cpp (ours).
+    Source: the layer of GFNet and FAMLP; method of csrc/cpu/fourier_filter.cpp and fourier_filter_blocks.cpp (ours).
     """
     _check(x, weight, layout, norm)
     real = torch.view_as_real(weight) if weight.is_complex() else weight

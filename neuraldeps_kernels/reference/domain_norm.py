@@ -112,7 +112,10 @@ def domain_batch_norm_backward(
     shared_affine: bool,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, gradients of weight and bias ([D, C], or [C] with `shared_affine`) in the dtype of statistics, and dy'."""
+    """dx, gradients of weight and bias ([D, C], or [C] with `shared_affine`) in the dtype of statistics, and dy'.
+
+    Samples whose id names no domain have dx = NaN and no part in the gradients of weight and bias.
+    """
     D = mean.shape[0]
     table_mean, table_variance = pooled_rows(mean, variance)
     rows = _row_of(domain, D)
@@ -120,7 +123,8 @@ def domain_batch_norm_backward(
     pivot = table_mean[rows].to(wide)
     S1, S2 = (table.double() for table in centred_affine_sums(grad, x, pivot, y))
     S2 = S2 - (table_mean[rows] - pivot.double()) * S1
-    member = rows[:, None] == torch.arange(D + 1, device=x.device)  # [N, D + 1]
+    wrong = _wrong_ids(domain, D, training)
+    member = (rows[:, None] == torch.arange(D + 1, device=x.device)) & ~wrong[:, None]  # [N, D + 1]
     sum1, sum2 = _sums(S1, member), _sums(S2, member)
     rstd = (table_variance + eps).rsqrt()
     gamma = affine_rows(weight, mean, 1.0)
@@ -133,7 +137,7 @@ def domain_batch_norm_backward(
         slope = -scale * rstd.square() * sum2 * over
         offset = -scale * sum1 * over
     shift = offset[rows] - slope[rows] * (table_mean[rows] - pivot.double())
-    shift = torch.where(_wrong_ids(domain, D, training)[:, None], torch.nan, shift)
+    shift = torch.where(wrong[:, None], torch.nan, shift)
     dx, dresidual = centred_affine_input_grad(
         grad, x, pivot, scale[rows].to(wide), shift.to(wide), slope[rows].to(wide), y, residual
     )

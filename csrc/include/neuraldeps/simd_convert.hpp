@@ -3,6 +3,7 @@
 //   Wide<In>                 float64 for float64, else float32: what values of In are computed in
 //   load_as<T>(p)            W = Vec<T>::W values
 //   load_part_as<T>(p, n)    the first n <= W of them, then zeros; memory beyond is not touched
+//   first_as<T>(p)           the value at p
 //   store_as(p, v), store_part_as(p, v, n)    the same back, rounded to nearest even
 //
 // Internal linkage throughout, see simd.hpp.
@@ -105,6 +106,14 @@ ND_INLINE typename Vec<T>::t load_part_as(const In* p, int64_t count) {
   std::memset(part, 0, sizeof part);
   std::memcpy(part, p, static_cast<size_t>(count) * sizeof(In));
   return load_as<T>(part);
+}
+
+template <class T, class In>
+ND_INLINE T first_as(const In* p) {
+  if constexpr (sizeof(In) == sizeof(T))
+    return *p;
+  else
+    return load_part_as<T>(p, 1)[0];
 }
 
 template <class In>
