@@ -16,6 +16,7 @@ import scipy.fft
 import torch
 from torch import Tensor
 
+from benchmarks.bench_covlasso_large import megabytes_of
 from benchmarks.harness import Budget, Case, Contender, Recipe, measured_rates
 from neuraldeps_kernels.ops.fourier_filter import fourier_filter2d
 from neuraldeps_kernels.reference import fourier_filter as reference
@@ -119,7 +120,8 @@ def _case(name: str, shape: Shape, ours: Contender, peers: list[Contender], tens
     rates = measured_rates(1, max(1 << 16, pixels * shape.dtype.itemsize), torch.float32)
     parameters = {"B": shape.B, "H": shape.H, "W": shape.W, "C": shape.C, "layout": shape.layout}
     parameters |= {"dtype": str(shape.dtype).removeprefix("torch."), "groups": shape.groups}
-    return Case(name, parameters, ours=ours, peers=peers, bytes=moved, rates=rates)
+    facts = {f"MB {one.name}": round(megabytes_of(one.run), 1) for one in (ours, peers[0])}
+    return Case(name, parameters, ours=ours, peers=peers, bytes=moved, rates=rates, facts=facts)
 
 
 def _forward_case(name: str, shape: Shape, goal: float | None) -> Case:
