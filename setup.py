@@ -5,8 +5,8 @@
 - `_native`                      the same CPU kernels for NumPy and CuPy arrays, by pybind11: no torch
 
 Environment: NEURALDEPS_CUDA=1|0|auto, NEURALDEPS_CUDA_ARCH_LIST (else TORCH_CUDA_ARCH_LIST), CUDA_HOME, CUDA_PATH,
-CXX, MAX_JOBS, NEURALDEPS_CXXFLAGS. Objects stay in build/objects and are compiled again when their command line, their
-compiler or a file that they include changes.
+CXX, MAX_JOBS, NEURALDEPS_CXXFLAGS, NEURALDEPS_LINEINFO. Objects stay in build/objects and are compiled again when their
+command line, their compiler or a file that they include changes.
 """
 
 from __future__ import annotations
@@ -295,11 +295,13 @@ class Binaries:
 
     def cuda(self, nvcc: str) -> list[Step]:
         flags = [
-            *("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"),
+            *("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"),
             *(f"-I{ROOT}/csrc/include", "--threads", "2", *architecture_flags(nvcc)),
         ]
         if "CXX" in os.environ:
             flags += ["-ccbin", self.cxx[0]]
+        if os.environ.get("NEURALDEPS_LINEINFO") == "1":
+            flags += ["-lineinfo"]
         if nvcc_version(nvcc) >= (13, 0):  # every driver of these versions reads it
             flags += ["--compress-mode=size"]
         made_by = f"{self.compiler}, nvcc {nvcc_version(nvcc)}"

@@ -251,7 +251,7 @@ def first_line(*command: str) -> str:
 def build(visit: Visit) -> Outcome:
     """In place, for the device's architecture, CUDA required. A rehearsal only asks that command for its help."""
     architecture = ((visit.latest("facts") or {}).get("detail") or {}).get("architecture", "9.0")
-    settings = {"NEURALDEPS_CUDA_ARCH_LIST": architecture, "MAX_JOBS": str(os.cpu_count())}
+    settings = {"NEURALDEPS_CUDA_ARCH_LIST": architecture, "NEURALDEPS_LINEINFO": "1", "MAX_JOBS": str(os.cpu_count())}
     settings["NEURALDEPS_CUDA"] = "auto" if visit.emulate else "1"
     command = [sys.executable, "setup.py", "build_ext", "--inplace", *(["--help"] if visit.emulate else [])]
     outcome = visit.judged(command, LIMITS["build"], **settings)
