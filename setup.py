@@ -347,6 +347,10 @@ class Build(build):
 
 
 class BuildBinaries(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # what was asked for is copied, also over a younger library of another build
+
     def build_extensions(self) -> None:
         steps = Binaries().steps()
         compiles = {step.output: step for compiles, _ in steps.values() for step in compiles}
