@@ -24,7 +24,7 @@
 #include <cstring>
 
 #include "neuraldeps/cpu_api.h"
-#include "neuraldeps/simd.hpp"
+#include "neuraldeps/simd_convert.hpp"
 
 namespace nd::cpu::ND_CPU_LEVEL {
 namespace {
@@ -49,19 +49,6 @@ constexpr int64_t kLargeResultBlocks = 3;
 template <class T>
 constexpr T kSpread = sizeof(T) == 4 ? T(0.7236068) : T(1);
 
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-ND_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-ND_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-ND_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-typedef double Float64s __attribute__((vector_size(ND_VECTOR_BYTES), aligned(8), may_alias));
-
 // Register blocking: NR rows x kRegisters vectors of sums.
 template <class T>
 struct Panel {
@@ -73,66 +60,6 @@ struct Panel {
   static_assert(W % NR == 0, "a row group must not cross a register");
   static_assert(kTile % P == 0, "a tile is made of whole panels");
 };
-
-// ------------------------------------------------------------------------------------------------ conversions
-
-template <class T, class In>
-ND_INLINE typename Vec<T>::t load_as(const In* p);
-template <>
-ND_INLINE Vec<float>::t load_as<float>(const float* p) {
-  return load(p);
-}
-template <>
-ND_INLINE Vec<double>::t load_as<double>(const double* p) {
-  return load(p);
-}
-
-typedef uint16_t Halves __attribute__((vector_size(ND_VECTOR_BYTES / 2), aligned(2), may_alias));
-typedef uint32_t Words __attribute__((vector_size(ND_VECTOR_BYTES)));
-typedef int32_t Ints __attribute__((vector_size(ND_VECTOR_BYTES)));
-typedef float Floats __attribute__((vector_size(ND_VECTOR_BYTES)));
-
-template <>
-ND_INLINE Vec<float>::t load_as<float>(const Bfloat16* p) {
-  return reinterpret_cast<Floats>(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
-}
-
-template <>
-ND_INLINE Vec<float>::t load_as<float>(const Float16* p) {
-  const Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words);
-  const Words magnitude = bits & 0x7fffu;
-  Words normal = (magnitude << 13) + (112u << 23);                         // exponent bias 15 -> 127
-  normal += reinterpret_cast<Words>(magnitude >= 0x7c00u) & (112u << 23);  // infinity, NaN: exponent 255
-  const Floats subnormal = __builtin_convertvector(reinterpret_cast<Ints>(magnitude), Floats) * 0x1p-24f;
-  const Words value = magnitude < 0x0400u ? reinterpret_cast<Words>(subnormal) : normal;
-  return reinterpret_cast<Floats>(value | ((bits & 0x8000u) << 16));
-}
-
-// The first `count` < W elements, then zeros.
-template <class T, class In>
-ND_INLINE typename Vec<T>::t load_part_as(const In* p, int64_t count) {
-  In part[Vec<T>::W];
-  std::memset(part, 0, sizeof part);
-  std::memcpy(part, p, static_cast<size_t>(count) * sizeof(In));
-  return load_as<T>(part);
-}
-
-// m[0 : W] += v in float64
-ND_INLINE void add_to(double* m, Vec<double>::t v) { store(m, load(m) + v); }
-
-ND_INLINE void add_to(double* m, Vec<float>::t v) {
-  Float64s* out = reinterpret_cast<Float64s*>(m);
-#if defined(__AVX512F__)  // GCC splits this conversion into quarters by itself
-  out[0] += _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
-  out[1] += _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-#elif defined(__AVX2__)
-  out[0] += _mm256_cvtps_pd(__builtin_shufflevector(v, v, 0, 1, 2, 3));
-  out[1] += _mm256_cvtps_pd(__builtin_shufflevector(v, v, 4, 5, 6, 7));
-#else
-  out[0] += __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), Float64s);
-  out[1] += __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), Float64s);
-#endif
-}
 
 // ------------------------------------------------------------------------------------------------ plan
 

@@ -39,9 +39,6 @@ constexpr int64_t kPivotShare = 64;  // down S the pivot is the mean of a 64th o
 constexpr int64_t kPivotRows = 8;    // ones, but of at least so many rows
 constexpr int kAhead = 4;            // registers that one step along S takes
 
-ND_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-ND_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 template <class T>
 using V = typename Vec<T>::t;
 
@@ -58,24 +55,6 @@ ND_INLINE V<float> keep_first<float>(V<float> v, int64_t count) {
   return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << count) - 1), v);
 }
 #endif
-
-typedef double Float64s __attribute__((vector_size(ND_VECTOR_BYTES), aligned(8), may_alias));
-
-// sums[0 : W] += v in float64
-ND_INLINE void add_to(double* sums, Vec<double>::t v) { store(sums, load(sums) + v); }
-ND_INLINE void add_to(double* sums, Vec<float>::t v) {
-  Float64s* out = reinterpret_cast<Float64s*>(sums);
-#if defined(__AVX512F__)  // GCC splits this conversion into quarters by itself
-  out[0] += _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
-  out[1] += _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-#elif defined(__AVX2__)
-  out[0] += _mm256_cvtps_pd(__builtin_shufflevector(v, v, 0, 1, 2, 3));
-  out[1] += _mm256_cvtps_pd(__builtin_shufflevector(v, v, 4, 5, 6, 7));
-#else
-  out[0] += __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), Float64s);
-  out[1] += __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), Float64s);
-#endif
-}
 
 template <int...>
 struct Lanes {};

@@ -28,7 +28,7 @@
 
 #include "neuraldeps/cpu_api.h"
 #include "neuraldeps/fft_codelets.hpp"
-#include "neuraldeps/simd.hpp"
+#include "neuraldeps/simd_convert.hpp"
 
 namespace nd::cpu::ND_CPU_LEVEL {
 namespace {
@@ -44,11 +44,6 @@ constexpr int64_t kPage = 4096;             // bytes
 constexpr int64_t kSpreadBytes = 5 * 64;    // of images beyond whole pages, an odd number of cache lines
 constexpr int64_t kSpectraBytes = 4 << 20;  // of the images of blocks that are filtered together, at least, but
 constexpr int64_t kFewestImages = 4;        // not fewer than these
-
-ND_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-ND_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-ND_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-ND_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 template <class T>
 struct VectorOf {
@@ -713,94 +708,6 @@ Axis<T> axis_of(int64_t N) {
 
 // ------------------------------------------------------------------------------------------------ pixels
 
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-typedef uint16_t Halves __attribute__((vector_size(ND_VECTOR_BYTES / 2), aligned(2), may_alias));
-typedef uint32_t Words __attribute__((vector_size(ND_VECTOR_BYTES)));
-
-ND_INLINE V<float> load_lanes(const float* p) { return load(p); }
-ND_INLINE V<double> load_lanes(const double* p) { return load(p); }
-ND_INLINE V<float> load_lanes(const Bfloat16* p) {
-  return reinterpret_cast<V<float>>(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
-}
-ND_INLINE void store_lanes(float* p, V<float> v) { store(p, v); }
-ND_INLINE void store_lanes(double* p, V<double> v) { store(p, v); }
-ND_INLINE void store_lanes(Bfloat16* p, V<float> v) {  // rounded to nearest, ties to even
-  const Words bits = reinterpret_cast<Words>(v);
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words quiet = (bits >> 16) | 0x40;
-  *reinterpret_cast<Halves*>(p) = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded, Halves);
-}
-
-#if defined(__AVX512F__)
-ND_INLINE V<float> load_lanes(const Float16* p) {
-  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-ND_INLINE void store_lanes(Float16* p, V<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
-}
-#elif defined(__AVX2__)
-ND_INLINE V<float> load_lanes(const Float16* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-ND_INLINE void store_lanes(Float16* p, V<float> v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
-#else
-ND_INLINE float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-ND_INLINE uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-ND_INLINE V<float> load_lanes(const Float16* p) {
-  V<float> v;
-  for (int l = 0; l < kLanes<float>; l++) {
-    const uint32_t magnitude = p[l].bits & 0x7fffu, sign = (p[l].bits & 0x8000u) << 16;
-    const uint32_t top = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;  // infinity and NaN keep the largest exponent
-    const float normal = float_of((magnitude << 13) + top), subnormal = static_cast<float>(magnitude) * 0x1p-24f;
-    v[l] = float_of(bits_of(magnitude < 0x0400u ? subnormal : normal) | sign);
-  }
-  return v;
-}
-ND_INLINE void store_lanes(Float16* p, V<float> v) {  // rounded to nearest, ties to even
-  for (int l = 0; l < kLanes<float>; l++) {
-    const uint32_t bits = bits_of(v[l]), magnitude = bits & 0x7fffffffu;
-    uint32_t half;
-    if (magnitude >= 0x47800000u) {  // 65536 and more, or NaN
-      half = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 1/2 leaves the subnormal in the last bits
-      half = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-    } else {
-      half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
-    }
-    p[l].bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000u));
-  }
-}
-#endif
-
-// The first `count` lanes; the others are zero.
-template <class T, class In>
-ND_INLINE V<T> load_some(const In* p, int64_t count) {
-  In all[kLanes<T>] = {};
-  for (int64_t l = 0; l < count; l++) all[l] = p[l];
-  return load_lanes(all);
-}
-template <class T, class Out>
-ND_INLINE void store_some(Out* p, V<T> v, int64_t count) {
-  Out all[kLanes<T>];
-  store_lanes(all, v);
-  for (int64_t l = 0; l < count; l++) p[l] = all[l];
-}
-
 template <class T, int kRows = kLanes<T>>
 ND_INLINE void transpose(V<T>* rows) {
 #pragma GCC unroll 4
@@ -834,7 +741,7 @@ void load_pixels(const Channels<const E>& from, int64_t h, int64_t count, T* row
     for (int64_t i = 0; i < count; i++) {
       const E* pixel = from.data + (h + i) * from.strides.row;
       for (int64_t w = 0; w < W; w++, pixel += from.strides.pixel, rows += L)
-        store(rows, from.lanes == L ? load_lanes(pixel) : load_some<T>(pixel, from.lanes));
+        store(rows, from.lanes == L ? load_as<T>(pixel) : load_part_as<T>(pixel, from.lanes));
     }
     return;
   }
@@ -847,7 +754,7 @@ void load_pixels(const Channels<const E>& from, int64_t h, int64_t count, T* row
       if (l >= from.lanes) {
         block[l] = V<T>{};
       } else {
-        block[l] = start >= 0 ? load_lanes(pixels + start) : load_some<T>(pixels + begin + i, plane - begin - i);
+        block[l] = start >= 0 ? load_as<T>(pixels + start) : load_part_as<T>(pixels + begin + i, plane - begin - i);
       }
     }
     transpose<T>(block);
@@ -866,9 +773,9 @@ void store_pixels(const T* rows, int64_t h, int64_t count, const Channels<E>& to
       E* pixel = to.data + (h + i) * to.strides.row;
       for (int64_t w = 0; w < W; w++, pixel += to.strides.pixel, rows += L) {
         if (to.lanes == L) {
-          store_lanes(pixel, load(rows));
+          store_as(pixel, load(rows));
         } else {
-          store_some<T>(pixel, load(rows), to.lanes);
+          store_part_as(pixel, load(rows), to.lanes);
         }
       }
     }
@@ -882,9 +789,9 @@ void store_pixels(const T* rows, int64_t h, int64_t count, const Channels<E>& to
     for (int l = 0; l < to.lanes; l++) {
       E* const pixels = to.data + l * to.strides.channel + begin + i;
       if (rest >= L) {
-        store_lanes(pixels, block[l]);
+        store_as(pixels, block[l]);
       } else {
-        store_some<T>(pixels, block[l], rest);
+        store_part_as(pixels, block[l], rest);
       }
     }
   }

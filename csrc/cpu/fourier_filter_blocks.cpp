@@ -35,9 +35,6 @@ constexpr int kVectors = ND_VECTOR_BYTES == 64 ? 3 : 2;
 
 constexpr int64_t kLine = 64;  // bytes
 
-ND_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-ND_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
 enum class Conjugate { kNone, kLeft, kRight };
 
 // Rows of complex numbers, as numbers: element (m, k) at data + m row + k step.

@@ -51,10 +51,6 @@ constexpr int64_t kLanes = 8;                                          // partia
 constexpr float kUnit = 0x1p-24f, kTiny = 1e-30f, kUp = 1 + 0x1p-18f;  // kTiny: what flushing denormals can lose
 static_assert(kPanel % NR == 0);
 
-ND_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-ND_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-ND_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What is known of one row: z^ within `error` of z, |z|, |z^| <= radius; a score is offset_i + offset_j + slope <z, z>.
 struct RowFacts {
   double size;  // largest absolute value; infinity where a value is not finite

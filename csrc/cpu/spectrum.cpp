@@ -34,7 +34,7 @@
 #include <cstring>
 
 #include "neuraldeps/cpu_api.h"
-#include "neuraldeps/simd.hpp"
+#include "neuraldeps/simd_convert.hpp"
 
 namespace nd::cpu::ND_CPU_LEVEL {
 namespace {
@@ -68,10 +68,7 @@ constexpr int64_t kLanczosCheck = 6;       // steps between looks at sigma_1^2, 
 constexpr double kLanczosTol = 1e-13;      // less than this (relative) between two of them
 constexpr int64_t kMostVectors = 1 << 17;  // of a matrix in lanes: longer ones are left undecided, not bidiagonalised
 
-ND_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-ND_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 ND_INLINE double larger(double a, double b) { return a > b ? a : b; }
-ND_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 ND_INLINE V all(double x) { return V{} + x; }
 ND_INLINE V abs(V x) { return reinterpret_cast<V>(reinterpret_cast<M>(x) & 0x7fffffffffffffff); }
@@ -104,13 +101,6 @@ ND_INLINE double power_of_two(int64_t exponent) {  // of a normal number
 
 ND_INLINE double to_double(float x) { return x; }
 ND_INLINE double to_double(double x) { return x; }
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 ND_INLINE double to_double(Bfloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;

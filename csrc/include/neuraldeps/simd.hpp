@@ -26,6 +26,11 @@
 namespace nd::cpu::ND_CPU_LEVEL {
 namespace {
 
+ND_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+ND_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+ND_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+ND_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 // One register of W values; loads and stores through it need the alignment of T only.
 template <class T>
 struct Vec {

@@ -5,6 +5,7 @@
 //   load_part_as<T>(p, n)    the first n <= W of them, then zeros; memory beyond is not touched
 //   first_as<T>(p)           the value at p
 //   store_as(p, v), store_part_as(p, v, n)    the same back, rounded to nearest even
+//   add_to(sums, v)          sums[0 : W] += v in float64
 //
 // Internal linkage throughout, see simd.hpp.
 #pragma once
@@ -127,6 +128,23 @@ ND_INLINE void store_part_as(In* p, typename Vec<Wide<In>>::t v, int64_t count) 
   In part[Vec<Wide<In>>::W];
   store_as(part, v);
   std::memcpy(p, part, static_cast<size_t>(count) * sizeof(In));
+}
+
+typedef double Float64s __attribute__((vector_size(ND_VECTOR_BYTES), aligned(8), may_alias));
+
+ND_INLINE void add_to(double* sums, Vec<double>::t v) { store(sums, load(sums) + v); }
+ND_INLINE void add_to(double* sums, Vec<float>::t v) {
+  Float64s* out = reinterpret_cast<Float64s*>(sums);
+#if defined(__AVX512F__)  // GCC splits this conversion into quarters by itself
+  out[0] += _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
+  out[1] += _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif defined(__AVX2__)
+  out[0] += _mm256_cvtps_pd(__builtin_shufflevector(v, v, 0, 1, 2, 3));
+  out[1] += _mm256_cvtps_pd(__builtin_shufflevector(v, v, 4, 5, 6, 7));
+#else
+  out[0] += __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), Float64s);
+  out[1] += __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), Float64s);
+#endif
 }
 
 }  // namespace
