@@ -167,6 +167,72 @@ def test_rerank_without_ids_writes_the_ranking(folder: Path, capsys: pytest.Capt
     assert "files without ids give no metrics" in capsys.readouterr().err
 
 
+def directions(method: str) -> tuple[tuple[str, ...], torch.Tensor]:
+    """Options of a method, and what it should give [NQ, NG]."""
+    x, y = Q["features"], G["features"]
+    if method == "gnn":
+        return ("--k1", "8", "--k2", "3", "--lambda", "0.2"), -nk.gnn_rerank(x, y, k1=8, k2=3, lambda_value=0.2)
+    if method == "expanded-neighbors":
+        options = ("--t", "2", "--q", "3", "--k", "9", "--expanded-distance", "orig")
+        return options, nk.expanded_neighbors_rerank(x, y, t=2, q=3, k=9, method="orig")
+    y = nk.database_augmentation(y, k=2, alpha=1.0)
+    x = nk.alpha_query_expansion(x, y, k=4, alpha=1.0)
+    return ("--k", "4", "--alpha", "1", "--augment", "2"), 1 - x @ y.T
+
+
+@pytest.mark.parametrize("method", ["gnn", "expanded-neighbors", "query-expansion"])
+def test_rerank_by_another_method(folder: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All distances and lists of the 30 nearest are those of the function; before it stand the cosines."""
+    options, distances = directions(method)
+    labels = (Q["ids"], G["ids"], Q["cameras"], G["cameras"])
+    wanted = nk.retrieval_metrics(distances, *labels)
+    command = ("rerank", "q.npz", "g.pt", "--method", method, *options, "--json")
+    assert run(*command, "--out", "all") == 0
+    content = printed(capsys)
+    assert content["reranked"] == wanted.to_dict()
+    assert content["original"] == expected(metric="cosine")
+    assert content["settings"]["method"] == method
+    with np.load("all/ranking.npz") as file:
+        np.testing.assert_allclose(file["distances"], distances, rtol=0, atol=1e-6)
+    assert run(*command, "--top-k", "30", "--ranks-of", "identities", "--out", "best") == 0
+    with np.load("best/ranking.npz") as file:
+        found = torch.from_numpy(file["distances"]), torch.from_numpy(file["indices"])
+    np.testing.assert_allclose(found[0], distances.sort(1).values[:, :30], rtol=0, atol=1e-6)
+    wanted = nk.retrieval_metrics(found[0], *labels, indices=found[1], ranks_of="identities")
+    assert printed(capsys)["reranked"] == wanted.to_dict()
+
+
+@pytest.mark.parametrize("method", ["k-reciprocal", "gnn", "expanded-neighbors", "query-expansion"])
+def test_defaults_of_the_methods_are_those_of_the_functions(
+    folder: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, y = Q["features"], G["features"]
+    distances = {
+        "k-reciprocal": lambda: nk.k_reciprocal_rerank(x, y),
+        "gnn": lambda: -nk.gnn_rerank(x, y),
+        "expanded-neighbors": lambda: nk.expanded_neighbors_rerank(x, y),
+        "query-expansion": lambda: 1 - nk.alpha_query_expansion(x, y, k=10) @ torch.nn.functional.normalize(y).T,
+    }[method]()
+    assert run("rerank", "q.npz", "g.pt", "--method", method, "--camera-rule", "none", "--json") == 0
+    assert printed(capsys)["reranked"] == nk.retrieval_metrics(distances, Q["ids"], G["ids"]).to_dict()
+
+
+def test_rerank_measures_by_every_protocol(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SYSU-MM01 counts identities, CUHK03 draws single images; also from lists."""
+    labels = (Q["ids"], G["ids"], Q["cameras"], G["cameras"])
+    distances, indices = nk.k_reciprocal_rerank(Q["features"], G["features"], k1=5, top_k=40)
+    for options, settings in (
+        (("--camera-rule", "sysu", "--ranks-of", "identities"), {"camera_rule": "sysu", "ranks_of": "identities"}),
+        (
+            ("--protocol", "single-shot", "--draws", "3", "--seed", "7"),
+            {"protocol": "single-shot", "draws": 3, "seed": 7},
+        ),
+    ):
+        assert run("rerank", "q.npz", "g.pt", "--k1", "5", "--top-k", "40", *options, "--json") == 0
+        wanted = nk.retrieval_metrics(distances, *labels, indices=indices, **settings)
+        assert printed(capsys)["reranked"] == wanted.to_dict()
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -198,6 +264,16 @@ def test_rerank_without_ids_writes_the_ranking(folder: Path, capsys: pytest.Capt
         (("rerank", "q.npz", "g.pt", "--lambda", "2"), "lambda_value must be in [0, 1]"),
         (("rerank", "q.npz", "g.pt", "--normalize", "sum"), "normalize must be one of max, none"),
         (("rerank", "narrow.npz", "g.pt"), "must have one number of columns"),
+        (("rerank", "q.npz", "g.pt", "--method", "fusion"), "method must be one of k-reciprocal, gnn"),
+        (("rerank", "q.npz", "g.pt", "--alpha", "2"), "--alpha does not go with --method k-reciprocal"),
+        (("rerank", "q.npz", "g.pt", "--method", "query-expansion", "--lambda", "1"), "--lambda does not go with"),
+        (("rerank", "q.npz", "g.pt", "--method", "gnn", "--list-length", "k1"), "--list-length does not go with"),
+        (("rerank", "q.npz", "g.pt", "--method", "gnn", "--k1", "3", "--k2", "4"), "k2 must be in 1..3, k1"),
+        (("rerank", "q.npz", "g.pt", "--method", "query-expansion", "--k", "61"), "k must be in 1..60"),
+        (
+            ("rerank", "q.npz", "g.pt", "--method", "expanded-neighbors", "--expanded-distance", "l2"),
+            "--expanded-distance must be one of rank, orig",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
@@ -237,6 +313,9 @@ def test_progress_counts_all_queries(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bar, "advance", lambda task, number: counted.append(number))
     assert run("eval", "q.npz", "g.pt", "--json") == 0
     assert counted == [5, 5, 2]
+    assert run("rerank", "q.npz", "g.pt", "--json") == 0
+    assert counted == [5, 5, 2] * 2
+    assert [task.description for task in bar.tasks] == ["queries", "queries", f"re-ranking {NQ} + {NG} rows"]
 
 
 def test_features_of_one_floating_table_are_found(folder: Path) -> None:

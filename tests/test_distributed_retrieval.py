@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tensors import clustered
 from torch import Tensor
 
 import neuraldeps_kernels as nk
@@ -22,13 +23,6 @@ needs_distributed = pytest.mark.skipif(not dist.is_available(), reason="this tor
 START_METHOD = "forkserver"  # its server imports once, where "spawn" would import again in every process
 multiprocessing.set_forkserver_preload(["torch", "pytest", "neuraldeps_kernels.distributed_retrieval"])
 PATIENCE = 60.0  # seconds that a group waits
-
-
-def clustered(count: int, seed: int, D: int = 24) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(20, D, generator=torch.Generator().manual_seed(99))
-    chosen = torch.randint(20, (count,), generator=generator)
-    return centres[chosen] + 0.6 * torch.randn(count, D, generator=generator)
 
 
 def as_rank(rank: int, check: Callable[[int, int], None], world: int, meeting_point: str) -> None:

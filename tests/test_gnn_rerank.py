@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import clustered
 from torch import Tensor
 
 from neuraldeps_kernels.ops.gnn_rerank import gnn_rerank
@@ -38,13 +39,6 @@ def definition(
         a = sum(weight[:, j, None] * b[order[:, j]] for j in range(min(k2, len(x))))
         a /= np.linalg.norm(a, axis=1, keepdims=True)
     return (1 - lambda_value) * (a[:nq] @ a[nq:].T) + lambda_value * cosine[:nq, nq:]
-
-
-def clustered(count: int, seed: int, D: int = 24, centres: int = 30, spread: float = 0.6) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    middle = torch.randn(centres, D, generator=torch.Generator().manual_seed(99))
-    chosen = torch.randint(centres, (count,), generator=generator)
-    return middle[chosen] + spread * torch.randn(count, D, generator=generator)
 
 
 def assert_best(found: tuple[Tensor, Tensor], wanted: Array, top_k: int) -> None:

@@ -5,6 +5,7 @@ Checks are numbered as in the specification of re-ranking.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -277,10 +278,15 @@ def test_complete_lists_equal_the_matrix(seed: int) -> None:
     pads = torch.full((len(order), 2), -1)
     indices = torch.cat([pads, order], 1)  # unsorted, with missing entries
     values = torch.cat([torch.full_like(pads, torch.nan, dtype=torch.float64), distances.gather(1, order)], 1)
-    for ap in ops.AVERAGE_PRECISIONS:
-        found = nk.retrieval_metrics(values, *lists, indices=indices, ap=ap)
-        assert_equals_loop(found, loop(distances.tolist(), *lists, ap=ap))
+    options: dict[str, Any] = {"camera_rule": random.Random(seed).choice(ops.CAMERA_RULES), "junk_label": 2}
+    for ap, ranks_of in itertools.product(ops.AVERAGE_PRECISIONS, ops.RANKS_OF):
+        found = nk.retrieval_metrics(values, *lists, indices=indices, ap=ap, ranks_of=ranks_of, **options)
+        assert_equals_loop(found, loop(distances.tolist(), *lists, ap=ap, ranks_of=ranks_of, **options))
         assert not found.truncated.any()
+    found = nk.retrieval_metrics(values, *lists, indices=indices, protocol="single-shot", seed=seed)
+    wanted = nk.retrieval_metrics(distances, *lists, protocol="single-shot", seed=seed)
+    assert torch.equal(found.ap.nan_to_num(-1), wanted.ap.nan_to_num(-1))
+    assert torch.equal(found.cmc.nan_to_num(-1), wanted.cmc.nan_to_num(-1))
 
 
 def test_cut_lists_are_lower_bounds_and_named() -> None:
@@ -293,11 +299,17 @@ def test_cut_lists_are_lower_bounds_and_named() -> None:
     assert bool((found.inp <= full.inp + 1e-12).all())
     listed = found.first_rank <= 50 - 5  # at most a few of the list are junk
     assert torch.equal(found.first_rank[listed], full.first_rank[listed])
-    # As if all that is not listed stood behind, the positives last.
+    # As if all that is not listed stood behind, the positives last, one after the other.
     query_ids, gallery_ids, *_ = lists
-    behind = torch.where(gallery_ids == query_ids[:, None], 1e6, 1e5).double()
+    behind = torch.where(gallery_ids == query_ids[:, None], 1e6 + torch.arange(200), 1e5).double()
     worst = behind.scatter(1, indices, values)
-    assert_equals_loop(found, loop(worst.tolist(), *(x.tolist() for x in lists)))
+    for ap, ranks_of in itertools.product(ops.AVERAGE_PRECISIONS, ops.RANKS_OF):
+        found = nk.retrieval_metrics(values, *lists, indices=indices, ap=ap, ranks_of=ranks_of)
+        assert_equals_loop(found, loop(worst.tolist(), *(x.tolist() for x in lists), ap=ap, ranks_of=ranks_of))
+    found = nk.retrieval_metrics(values[:, :5], *lists, indices=indices[:, :5], protocol="single-shot")
+    worst = behind.scatter(1, indices[:, :5], values[:, :5])
+    torch.testing.assert_close(found.ap, nk.retrieval_metrics(worst, *lists, protocol="single-shot").ap)
+    assert bool((found.ap <= nk.retrieval_metrics(distances, *lists, protocol="single-shot").ap).all())
 
 
 def test_lists_of_the_reranking_are_taken() -> None:
@@ -451,6 +463,27 @@ def test_single_shot_of_features_equals_the_matrix(monkeypatch: pytest.MonkeyPat
     found = nk.retrieval_metrics_from_features(x, y, *lists, protocol="single-shot")
     torch.testing.assert_close(found.ap, wanted.ap, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.cmc, wanted.cmc, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rules", [{"camera_rule": "sysu", "ranks_of": "identities"}, {"camera_rule": "none"}], ids=str)
+def test_rules_of_infrared_data_sets_from_features(rules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """SYSU-MM01 and RegDB, from features in several blocks and from lists; and a query without a positive."""
+    monkeypatch.setattr(ops, "_BLOCK_VALUES", 1000)
+    monkeypatch.setattr(ops, "_BLOCK_ROWS", 1)
+    monkeypatch.setattr(reference, "_VALUES_AT_ONCE", 1000)
+    chance = torch.Generator().manual_seed(4)
+    query, gallery = torch.randn(24, 16, generator=chance).half(), torch.randn(130, 16, generator=chance).half()
+    lists = [torch.randint(9, (n,), generator=chance) for n in (24, 130)]
+    lists[0][7] = 99
+    cameras = [torch.tensor([3, 6])[torch.arange(24) % 2], torch.tensor([1, 2, 4, 5])[torch.arange(130) % 4]]
+    distances = exact_distances(query, gallery, "cosine")
+    wanted = loop(distances.tolist(), *(x.tolist() for x in (*lists, *cameras)), **rules)
+    options = {"metric": "cosine", **rules}
+    assert_equals_loop(nk.retrieval_metrics_from_features(query, gallery, *lists, *cameras, **options), wanted)
+    order = distances.argsort(1, descending=True)
+    found = nk.retrieval_metrics(distances.gather(1, order), *lists, *cameras, indices=order, **rules)
+    assert_equals_loop(found, wanted)
+    assert found.valid.tolist() == [q != 7 for q in range(24)]
 
 
 MEMORY = """
@@ -631,11 +664,7 @@ IDS = ([0, 1], [0, 1, 2])
         (lambda: nk.retrieval_metrics(D, *IDS, indices=D.long()[:1]), ValueError, "indices must have the shape"),
         (lambda: nk.retrieval_metrics(D, *IDS, indices=D.long() + 3), ValueError, r"indices must be in 0\.\.2.*not 3"),
         (lambda: nk.retrieval_metrics(D, *IDS, indices=D.long() - 2), ValueError, r"indices must be in 0\.\.2.*not -2"),
-        (
-            lambda: nk.retrieval_metrics(D, *IDS, indices=D.long(), ranks_of="identities"),
-            ValueError,
-            "need all distances",
-        ),
+        (lambda: nk.retrieval_metrics(D, *IDS, indices=torch.arange(3).repeat(2, 1)[:, :2]), ValueError, "the shape"),
         (lambda: features(torch.ones(2, 4), torch.ones(3, 5)), ValueError, "one number of columns"),
         (lambda: features(torch.ones(2, 4), torch.ones(3, 4).double()), ValueError, "one dtype and device"),
         (lambda: features(torch.ones(2, 4), torch.ones(3, 4), metric="l1"), ValueError, "metric must be one of"),

@@ -4,7 +4,9 @@
 //               key of every row; the keys of the first num_queries rows with all others
 //   neighbors_and_largest   the same for rows of x in y with squared distances, and the largest of every row
 //
-// Kernels: csrc/cpu/retrieval.cpp. CUDA tensors go to the PyTorch reference, registered from Python.
+// Kernels: csrc/cpu/retrieval.cpp and csrc/cuda/retrieval.cu. On CUDA neuraldeps_kernels/ops/retrieval_cuda.py calls
+// the stages neighbors_prepare, neighbors_offer, neighbors_finish and neighbors_dense, with matrix products in between.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,6 +21,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda_library.hpp"
 #include "neuraldeps/cpu_api.h"
 #include "neuraldeps/nvtx.hpp"
 #include "parallel.hpp"
@@ -195,6 +198,118 @@ Lists neighbor_lists_cpu(Tensor query, Tensor gallery, int64_t k, int64_t query_
   return {key, index, largest, query_key, query_index, block};
 }
 
+// ---- CUDA: stages of one search; nothing waits for the device ----
+
+// Of rows x and y (or none) in float32 or float64, values side by side, and how = joined, metric, k, num_queries,
+// query_k, wants_largest, split, fine, bfloat16 as in NdNeighborsArgs, whose copies are left null.
+NdNeighborsArgs device_arguments(const Tensor& x, const std::optional<Tensor>& y, const std::vector<int64_t>& how) {
+  if (how.size() != 9) invalid("how must have 9 numbers");
+  const auto check = [](const char* name, const Tensor& rows) {
+    if (rows.dim() != 2 || (rows.stride(1) != 1 && rows.size(1) > 1) || nd::dtype_of(name, rows) > Dtype::kFloat64)
+      invalid(std::string(name) + " must be [N, D], float32 or float64, with the values of a row side by side");
+  };
+  check("x", x);
+  NdNeighborsArgs args = {};
+  args.x = x.const_data_ptr();
+  args.dtype = static_cast<int32_t>(nd::dtype_of("x", x));  // numbered alike
+  args.n = x.size(0);
+  args.dim = x.size(1);
+  args.x_stride = x.stride(0);
+  if (y) {
+    check("y", *y);
+    if (y->scalar_type() != x.scalar_type() || y->size(1) != x.size(1) || y->get_device_index() != x.get_device_index())
+      invalid("y must have the dtype, the columns and the device of x");
+    args.y = y->const_data_ptr();
+    args.m = y->size(0);
+    args.y_stride = y->stride(0);
+  }
+  args.joined = static_cast<int32_t>(how[0]);
+  args.metric = static_cast<int32_t>(how[1]);
+  args.k = how[2];
+  args.num_queries = how[3];
+  args.query_k = how[4];
+  args.wants_largest = static_cast<int32_t>(how[5]);
+  args.split = static_cast<int32_t>(how[6]);
+  args.fine = static_cast<int32_t>(how[7]);
+  args.bfloat16 = static_cast<int32_t>(how[8]);
+  return args;
+}
+
+int64_t rounded_up(int64_t count) { return (count + 7) / 8 * 8; }
+
+std::tuple<Tensor, Tensor, Tensor> neighbors_prepare_cuda(Tensor x, std::optional<Tensor> y, std::vector<int64_t> how) {
+  ND_RANGE("neighbors_prepare");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  NdNeighborsArgs args = device_arguments(x, y, how);
+  const ScalarType type = args.bfloat16 ? ScalarType::BFloat16 : ScalarType::Half;
+  const int64_t width = (args.split ? 3 : 1) * rounded_up(args.dim);
+  const bool one_copy = args.joined && !args.split;
+  Tensor left = nd::empty({rounded_up(args.joined ? args.n + args.m : args.n), width}, type, x);
+  Tensor right = nd::empty({one_copy ? 0 : rounded_up(args.joined ? args.n + args.m : args.m), width}, type, x);
+  args.left = left.mutable_data_ptr();
+  args.right = one_copy ? args.left : right.mutable_data_ptr();
+  const auto bytes = static_cast<int64_t>(ND_CUDA(nd_neighbors_workspace)(&args));
+  Tensor workspace = nd::empty({bytes}, ScalarType::Byte, x);
+  void* const stream = nd::current_cuda_stream(x.get_device_index());
+  nd::check_cuda(ND_CUDA(nd_neighbors_prepare)(&args, workspace.mutable_data_ptr(), stream), "neighbors_prepare");
+  return {left, right, workspace};
+}
+
+// Rows of products, ld apart, of at least so many columns.
+const float* products_of(const Tensor& product, int64_t rows, int64_t columns) {
+  if (product.dim() != 2 || product.scalar_type() != ScalarType::Float || product.size(0) < rows ||
+      product.size(1) < columns || product.stride(1) != 1)
+    invalid("product must be float32 [rows, columns], the values of a row side by side");
+  return static_cast<const float*>(product.const_data_ptr());
+}
+
+void neighbors_offer_cuda(Tensor x, std::optional<Tensor> y, std::vector<int64_t> how, Tensor workspace, Tensor product,
+                          int64_t first_row, int64_t rows, int64_t first_column, int64_t columns) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const NdNeighborsArgs args = device_arguments(x, y, how);
+  const float* const values = products_of(product, rows, columns);
+  void* const stream = nd::current_cuda_stream(x.get_device_index());
+  nd::check_cuda(ND_CUDA(nd_neighbors_offer)(&args, values, product.stride(0), first_row, rows, first_column, columns,
+                                             workspace.mutable_data_ptr(), stream),
+                 "neighbors_offer");
+}
+
+using Found = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+Found neighbors_finish_cuda(Tensor x, std::optional<Tensor> y, std::vector<int64_t> how, Tensor workspace) {
+  ND_RANGE("neighbors_finish");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const NdNeighborsArgs args = device_arguments(x, y, how);
+  const int64_t N = args.joined ? args.n + args.m : args.n, Q = args.num_queries;
+  Tensor key = nd::empty({N, args.k}, ScalarType::Double, x), index = nd::empty({N, args.k}, ScalarType::Long, x);
+  Tensor largest = nd::empty({args.wants_largest ? N : 0}, ScalarType::Double, x);
+  Tensor query_key = nd::empty({Q, args.query_k}, ScalarType::Double, x);
+  Tensor query_index = nd::empty({Q, args.query_k}, ScalarType::Long, x);
+  const auto doubles = [](Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); };
+  const auto longs = [](Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); };
+  void* const stream = nd::current_cuda_stream(x.get_device_index());
+  nd::check_cuda(
+      ND_CUDA(nd_neighbors_finish)(&args, doubles(key), longs(index), args.wants_largest ? doubles(largest) : nullptr,
+                                   doubles(query_key), longs(query_index), workspace.mutable_data_ptr(), stream),
+      "neighbors_finish");
+  return {key, index, largest, query_key, query_index};
+}
+
+void neighbors_dense_cuda(Tensor x, std::optional<Tensor> y, std::vector<int64_t> how, Tensor workspace, Tensor product,
+                          int64_t first_row, int64_t rows, Tensor dense) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const NdNeighborsArgs args = device_arguments(x, y, how);
+  const int64_t others = args.n + args.m - args.num_queries;
+  const float* const values = products_of(product, rows, others);
+  if (dense.dim() != 2 || dense.size(0) != args.num_queries || dense.size(1) != others ||
+      dense.scalar_type() != ScalarType::Float || !dense.is_contiguous())
+    invalid("dense must be contiguous float32 [num_queries, N - num_queries]");
+  void* const stream = nd::current_cuda_stream(x.get_device_index());
+  nd::check_cuda(
+      ND_CUDA(nd_neighbors_dense)(&args, values, product.stride(0), first_row, rows,
+                                  static_cast<float*>(dense.mutable_data_ptr()), workspace.mutable_data_ptr(), stream),
+      "neighbors_dense");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(neuraldeps, m) {
@@ -204,10 +319,27 @@ STABLE_TORCH_LIBRARY_FRAGMENT(neuraldeps, m) {
       "neighbor_lists(Tensor query, Tensor gallery, int k, int query_k, bool dense, bool reduced, str "
       "metric=\"sqeuclidean\") -> (Tensor key, Tensor index, Tensor largest, Tensor query_key, Tensor query_index, "
       "Tensor dense)");
+  m.def("neighbors_prepare(Tensor x, Tensor? y, int[] how) -> (Tensor left, Tensor right, Tensor workspace)");
+  m.def(
+      "neighbors_offer(Tensor x, Tensor? y, int[] how, Tensor(a!) workspace, Tensor product, int first_row, int rows, "
+      "int first_column, int columns) -> ()");
+  m.def(
+      "neighbors_finish(Tensor x, Tensor? y, int[] how, Tensor(a!) workspace) -> (Tensor key, Tensor index, Tensor "
+      "largest, Tensor query_key, Tensor query_index)");
+  m.def(
+      "neighbors_dense(Tensor x, Tensor? y, int[] how, Tensor(a!) workspace, Tensor product, int first_row, int rows, "
+      "Tensor(b!) dense) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(neuraldeps, CPU, m) {
   m.impl("neighbors", TORCH_BOX(&neighbors_cpu));
   m.impl("neighbors_and_largest", TORCH_BOX(&neighbors_and_largest_cpu));
   m.impl("neighbor_lists", TORCH_BOX(&neighbor_lists_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(neuraldeps, CUDA, m) {
+  m.impl("neighbors_prepare", TORCH_BOX(&neighbors_prepare_cuda));
+  m.impl("neighbors_offer", TORCH_BOX(&neighbors_offer_cuda));
+  m.impl("neighbors_finish", TORCH_BOX(&neighbors_finish_cuda));
+  m.impl("neighbors_dense", TORCH_BOX(&neighbors_dense_cuda));
 }

@@ -4,7 +4,9 @@
 //                                    distances [nq, ng]
 //   retrieval_metrics_from_features  the same by float64 keys of features, from float32 distances of known error
 //
-// Kernels: csrc/cpu/retrieval_metrics.cpp. CUDA tensors go to the PyTorch reference, registered from Python.
+// Kernels: csrc/cpu/retrieval_metrics.cpp and csrc/cuda/retrieval_metrics.cu, whose operators are called .._device.
+// Those read no value on the host: numbers out of range are skipped.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,6 +19,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda_library.hpp"
 #include "neuraldeps/cpu_api.h"
 #include "neuraldeps/nvtx.hpp"
 #include "parallel.hpp"
@@ -67,12 +70,32 @@ struct Rules {
   std::vector<int64_t> excluded_list = {}, excluded_start = {};
 };
 
-void apply_exclusions(Rules& rules, RetrievalMetricsArgs& args) {
+int64_t num_groups(const Rules& rules) {
+  return rules.excluded && rules.excluded->dim() == 2 ? rules.excluded->size(0) : 0;
+}
+
+// What needs no look at values.
+void apply_shapes(Rules& rules, RetrievalMetricsArgs& args) {
+  args.precision = precision_of(rules.precision);
+  args.order = values<int64_t>("order", rules.order, ScalarType::Long, {args.ng});
+  args.begin = values<int64_t>("begin", rules.begin, ScalarType::Long, {args.nq});
+  args.end = values<int64_t>("end", rules.end, ScalarType::Long, {args.nq});
+  if (rules.query_camera.has_value() != rules.gallery_camera.has_value())
+    invalid("query_camera and gallery_camera must be given together");
+  if (rules.query_camera) {
+    args.query_camera = values<int64_t>("query_camera", *rules.query_camera, ScalarType::Long, {args.nq});
+    args.gallery_camera = values<int64_t>("gallery_camera", *rules.gallery_camera, ScalarType::Long, {args.ng});
+  }
   if (rules.excluded.has_value() != rules.group.has_value()) invalid("excluded and group must be given together");
-  if (!rules.excluded) return;
-  const int64_t groups = rules.excluded->dim() == 2 ? rules.excluded->size(0) : 0;
-  args.excluded = values<bool>("excluded", *rules.excluded, ScalarType::Bool, {groups, args.ng});
-  args.group = values<int64_t>("group", *rules.group, ScalarType::Long, {args.nq});
+  if (rules.excluded) {
+    args.excluded = values<bool>("excluded", *rules.excluded, ScalarType::Bool, {num_groups(rules), args.ng});
+    args.group = values<int64_t>("group", *rules.group, ScalarType::Long, {args.nq});
+  }
+  if (rules.identity) args.identity = values<int32_t>("identity", *rules.identity, ScalarType::Int, {args.ng});
+}
+
+void list_exclusions(Rules& rules, RetrievalMetricsArgs& args) {
+  const int64_t groups = num_groups(rules);
   check_range("group", args.group, args.nq, groups);
   for (int64_t g = 0; g < groups; g++) {
     rules.excluded_start.push_back(static_cast<int64_t>(rules.excluded_list.size()));
@@ -85,23 +108,13 @@ void apply_exclusions(Rules& rules, RetrievalMetricsArgs& args) {
 }
 
 void apply(Rules& rules, RetrievalMetricsArgs& args) {
-  args.precision = precision_of(rules.precision);
-  args.order = values<int64_t>("order", rules.order, ScalarType::Long, {args.ng});
-  args.begin = values<int64_t>("begin", rules.begin, ScalarType::Long, {args.nq});
-  args.end = values<int64_t>("end", rules.end, ScalarType::Long, {args.nq});
+  apply_shapes(rules, args);
   check_range("order", args.order, args.ng, args.ng);
   check_range("begin", args.begin, args.nq, args.ng + 1);
   check_range("end", args.end, args.nq, args.ng + 1);
   for (int64_t q = 0; q < args.nq; q++) args.most_alike = std::max(args.most_alike, args.end[q] - args.begin[q]);
-  if (rules.query_camera.has_value() != rules.gallery_camera.has_value())
-    invalid("query_camera and gallery_camera must be given together");
-  if (rules.query_camera) {
-    args.query_camera = values<int64_t>("query_camera", *rules.query_camera, ScalarType::Long, {args.nq});
-    args.gallery_camera = values<int64_t>("gallery_camera", *rules.gallery_camera, ScalarType::Long, {args.ng});
-  }
-  apply_exclusions(rules, args);
-  if (rules.identity) {
-    args.identity = values<int32_t>("identity", *rules.identity, ScalarType::Int, {args.ng});
+  if (args.excluded) list_exclusions(rules, args);
+  if (args.identity) {
     check_range("identity", args.identity, args.ng, std::numeric_limits<int32_t>::max());
     for (int64_t j = 0; j < args.ng; j++) args.identities = std::max<int64_t>(args.identities, args.identity[j] + 1);
   }
@@ -156,6 +169,30 @@ void take_features(const char* name, Tensor& x, Tensor& unit, int64_t rows, cons
   set(x.const_data_ptr(), x.stride(0), values<double>("unit", unit, ScalarType::Double, {rows}));
 }
 
+// Features behind float32 distances; tensors may be replaced by copies.
+struct Bounded {
+  Tensor slack, query, gallery, query_unit, gallery_unit;
+  bool inner_product;
+};
+
+void apply_features(Bounded& bounded, RetrievalMetricsArgs& args) {
+  if (args.dtype != Dtype::kFloat32) invalid("distance must be float32");
+  args.slack = values<double>("slack", bounded.slack, ScalarType::Double, {args.nq});
+  take_features("query", bounded.query, bounded.query_unit, args.nq,
+                [&](const void* x, int64_t stride, const double* unit) {
+                  args.query = x, args.query_stride = stride, args.query_unit = unit;
+                });
+  take_features("gallery", bounded.gallery, bounded.gallery_unit, args.ng,
+                [&](const void* x, int64_t stride, const double* unit) {
+                  args.gallery = x, args.gallery_stride = stride, args.gallery_unit = unit;
+                });
+  if (bounded.query.scalar_type() != bounded.gallery.scalar_type() || bounded.query.size(1) != bounded.gallery.size(1))
+    invalid("query and gallery must have one dtype and number of columns");
+  args.dtype_of_features = nd::dtype_of("query", bounded.query);
+  args.dim = bounded.query.size(1);
+  args.inner_product = bounded.inner_product;
+}
+
 Metrics retrieval_metrics_from_features_cpu(Tensor distance, Tensor slack, Tensor query, Tensor gallery,
                                             Tensor query_unit, Tensor gallery_unit, bool inner_product, Tensor order,
                                             Tensor begin, Tensor end, std::optional<Tensor> query_camera,
@@ -164,39 +201,105 @@ Metrics retrieval_metrics_from_features_cpu(Tensor distance, Tensor slack, Tenso
                                             std::string precision) {
   ND_RANGE("retrieval_metrics_from_features");
   RetrievalMetricsArgs args = problem(distance);
-  if (args.dtype != Dtype::kFloat32) invalid("distance must be float32");
-  args.slack = values<double>("slack", slack, ScalarType::Double, {args.nq});
-  take_features("query", query, query_unit, args.nq, [&](const void* x, int64_t stride, const double* unit) {
-    args.query = x, args.query_stride = stride, args.query_unit = unit;
-  });
-  take_features("gallery", gallery, gallery_unit, args.ng, [&](const void* x, int64_t stride, const double* unit) {
-    args.gallery = x, args.gallery_stride = stride, args.gallery_unit = unit;
-  });
-  if (query.scalar_type() != gallery.scalar_type() || query.size(1) != gallery.size(1))
-    invalid("query and gallery must have one dtype and number of columns");
-  args.dtype_of_features = nd::dtype_of("query", query);
-  args.dim = query.size(1);
-  args.inner_product = inner_product;
+  Bounded bounded = {slack, query, gallery, query_unit, gallery_unit, inner_product};
+  apply_features(bounded, args);
   Rules rules = {order, begin, end, query_camera, gallery_camera, excluded, group, identity, precision};
   apply(rules, args);
   return measure(args, distance);
 }
 
+// ---- CUDA ----
+
+// Checked arguments with pointers on the device of `like`.
+Metrics measure_on_device(const RetrievalMetricsArgs& checked, int64_t groups, const Tensor& like) {
+  const int64_t nq = checked.nq;
+  Tensor ap = nd::empty({nq}, ScalarType::Double, like), inp = nd::empty({nq}, ScalarType::Double, like);
+  Tensor first_rank = nd::empty({nq}, ScalarType::Long, like);
+  NdRetrievalMetricsArgs args = {};
+  args.distance = checked.distance;
+  args.dtype = static_cast<int32_t>(checked.dtype);
+  args.nq = nq;
+  args.ng = checked.ng;
+  args.stride = checked.stride;
+  args.order = checked.order;
+  args.begin = checked.begin;
+  args.end = checked.end;
+  args.query_camera = checked.query_camera;
+  args.gallery_camera = checked.gallery_camera;
+  args.excluded = reinterpret_cast<const uint8_t*>(checked.excluded);
+  args.group = checked.group;
+  args.groups = groups;
+  args.identity = checked.identity;
+  args.precision = static_cast<int32_t>(checked.precision);
+  if (checked.slack) {
+    args.slack = checked.slack;
+    args.features = {
+        checked.query,        checked.gallery,       static_cast<int32_t>(checked.dtype_of_features), nq, checked.dim,
+        checked.query_stride, checked.gallery_stride};
+    args.query_unit = checked.query_unit;
+    args.gallery_unit = checked.gallery_unit;
+    args.inner_product = checked.inner_product;
+  }
+  args.ap = static_cast<double*>(ap.mutable_data_ptr());
+  args.inp = static_cast<double*>(inp.mutable_data_ptr());
+  args.first_rank = static_cast<int64_t*>(first_rank.mutable_data_ptr());
+  const auto bytes = static_cast<int64_t>(ND_CUDA(nd_retrieval_metrics_workspace)(&args));
+  Tensor workspace = nd::empty({bytes}, ScalarType::Byte, like);
+  void* const stream = nd::current_cuda_stream(like.get_device_index());
+  nd::check_cuda(ND_CUDA(nd_retrieval_metrics)(&args, workspace.mutable_data_ptr(), stream), "retrieval_metrics");
+  return {ap, inp, first_rank};
+}
+
+Metrics retrieval_metrics_cuda(Tensor distance, Tensor order, Tensor begin, Tensor end,
+                               std::optional<Tensor> query_camera, std::optional<Tensor> gallery_camera,
+                               std::optional<Tensor> excluded, std::optional<Tensor> group,
+                               std::optional<Tensor> identity, std::string precision) {
+  ND_RANGE("retrieval_metrics");
+  const torch::stable::accelerator::DeviceGuard guard(distance.get_device_index());
+  RetrievalMetricsArgs args = problem(distance);
+  Rules rules = {order, begin, end, query_camera, gallery_camera, excluded, group, identity, precision};
+  apply_shapes(rules, args);
+  return measure_on_device(args, num_groups(rules), distance);
+}
+
+Metrics retrieval_metrics_from_features_cuda(Tensor distance, Tensor slack, Tensor query, Tensor gallery,
+                                             Tensor query_unit, Tensor gallery_unit, bool inner_product, Tensor order,
+                                             Tensor begin, Tensor end, std::optional<Tensor> query_camera,
+                                             std::optional<Tensor> gallery_camera, std::optional<Tensor> excluded,
+                                             std::optional<Tensor> group, std::optional<Tensor> identity,
+                                             std::string precision) {
+  ND_RANGE("retrieval_metrics_from_features");
+  const torch::stable::accelerator::DeviceGuard guard(distance.get_device_index());
+  RetrievalMetricsArgs args = problem(distance);
+  Bounded bounded = {slack, query, gallery, query_unit, gallery_unit, inner_product};
+  apply_features(bounded, args);
+  Rules rules = {order, begin, end, query_camera, gallery_camera, excluded, group, identity, precision};
+  apply_shapes(rules, args);
+  return measure_on_device(args, num_groups(rules), distance);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(neuraldeps, m) {
-  m.def(
-      "retrieval_metrics(Tensor distance, Tensor order, Tensor begin, Tensor end, Tensor? query_camera, Tensor? "
-      "gallery_camera, Tensor? excluded, Tensor? group, Tensor? identity, str precision) -> (Tensor ap, Tensor inp, "
-      "Tensor first_rank)");
-  m.def(
-      "retrieval_metrics_from_features(Tensor distance, Tensor slack, Tensor query, Tensor gallery, Tensor query_unit, "
-      "Tensor gallery_unit, bool inner_product, Tensor order, Tensor begin, Tensor end, Tensor? query_camera, Tensor? "
-      "gallery_camera, Tensor? excluded, Tensor? group, Tensor? identity, str precision) -> (Tensor ap, Tensor inp, "
-      "Tensor first_rank)");
+  const std::string rules =
+      "Tensor order, Tensor begin, Tensor end, Tensor? query_camera, Tensor? gallery_camera, Tensor? excluded, Tensor? "
+      "group, Tensor? identity, str precision) -> (Tensor ap, Tensor inp, Tensor first_rank)";
+  for (const std::string suffix : {"", "_device"}) {
+    m.def(("retrieval_metrics" + suffix + "(Tensor distance, " + rules).c_str());
+    m.def(("retrieval_metrics_from_features" + suffix +
+           "(Tensor distance, Tensor slack, Tensor query, Tensor gallery, Tensor query_unit, Tensor gallery_unit, bool "
+           "inner_product, " +
+           rules)
+              .c_str());
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(neuraldeps, CPU, m) {
   m.impl("retrieval_metrics", TORCH_BOX(&retrieval_metrics_cpu));
   m.impl("retrieval_metrics_from_features", TORCH_BOX(&retrieval_metrics_from_features_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(neuraldeps, CUDA, m) {
+  m.impl("retrieval_metrics_device", TORCH_BOX(&retrieval_metrics_cuda));
+  m.impl("retrieval_metrics_from_features_device", TORCH_BOX(&retrieval_metrics_from_features_cuda));
 }

@@ -7,9 +7,9 @@ N = nq + ng, u_i their directions, r(i, a) the a-th nearest row of i by cosine, 
     A_{l+1}(i) = sum_{a<k2} w(i, a) B_l(r(i, a)) / norm,     B_l = A_l + A_l^T,     l = 0, 1
     score(i, g) = (1 - lambda) <A_2(i), A_2(g)> + lambda <u_i, u_g>
 
-With k2 = 1 there is no layer and A_0 stands for A_2. CUDA tensors go to the PyTorch reference. Source: Zhang et al.,
+With k2 = 1 there is no layer and A_0 stands for A_2. On CUDA the host waits for the size of A_1. Source: Zhang et al.,
 "Understanding Image Retrieval Re-Ranking: A Graph Neural Network Perspective" (2020), with the exponent alpha = 2. The
-sparse form csrc/cpu/gnn_rerank.cpp, its lists and the exact top rows are ours.
+sparse form (csrc/cpu/gnn_rerank.cpp, csrc/cuda/gnn_rerank.cu), its lists and the exact top rows are ours.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from neuraldeps_kernels.ops.retrieval import (
     _at_least_float32,
+    _check_accepted,
     _check_alike,
     _check_range,
     _check_rows,
@@ -82,6 +83,7 @@ def gnn_rerank(
     key, index, _, query_key, query_index, dense = torch.ops.neuraldeps.neighbor_lists(
         query, gallery, k, query_k, top_k is None, True, "cosine"
     )
+    _check_accepted(key, "cosine", query=query, gallery=gallery)
     if top_k is None:
         torch.ops.neuraldeps.gnn_rerank(index, key, dense, expand, float(lambda_value))
         return dense  # type: ignore[no-any-return]

@@ -10,8 +10,9 @@ Operators (csrc/torch/retrieval.cpp, csrc/torch/reranking.cpp): `neighbors`, `ne
     Jaccard  = 1 - s / (2 - s),   s(i, j) = sum_c min(V'(i, c), V'(j, c))
     result   = (1 - lambda) Jaccard + lambda t
 
-CUDA tensors go to the PyTorch reference. Source: Zhong et al., CVPR 2017, as stated above; where public implementations
-differ, the choice is ours and the others are options. The certified search and the exact top rows are ours.
+On CUDA retrieval_cuda.py searches for neighbours, an encoding has room behind its last entry, and jaccard_distance
+waits for the size of its result. Source: Zhong et al., CVPR 2017, as stated above; where public implementations differ,
+the choice is ours and the others are options. The certified search and the exact top rows are ours.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuraldeps_kernels.ops import retrieval_cuda
 from neuraldeps_kernels.profiling import annotated
 from neuraldeps_kernels.reference import retrieval as reference
 
@@ -53,7 +55,8 @@ def knn(x: Tensor, k: int, *, y: Tensor | None = None, metric: str = "sqeuclidea
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, k is out of range, the metric is unknown, a row is not finite
-            or, for cosines, zero.
+            or, for cosines, zero. On CUDA the host waits for one number to know that; compiled, or captured in a CUDA
+            graph, it does not, and all distances are NaN.
         TypeError: an argument is no tensor of these dtypes.
 
     Source: our choice of method, csrc/cpu/retrieval.cpp.
@@ -67,6 +70,7 @@ def knn(x: Tensor, k: int, *, y: Tensor | None = None, metric: str = "sqeuclidea
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
     distances, indices = torch.ops.neuraldeps.neighbors(x, y, k, metric, True)
+    _check_accepted(distances, metric, x=x, **({} if y is None else {"y": y}))
     return distances.to(torch.promote_types(x.dtype, torch.float32)), indices
 
 
@@ -120,6 +124,7 @@ def k_reciprocal_rerank(
     key, index, largest, query_key, query_index, dense = torch.ops.neuraldeps.neighbor_lists(
         query, gallery, k, query_k, top_k is None, True
     )
+    _check_accepted(key, "sqeuclidean", query=query, gallery=gallery)
     encoding = options.encoding(index, key, largest, query, gallery)
     if top_k is None:
         return options.mixed(encoding, largest, dense)
@@ -205,6 +210,7 @@ def jaccard_distance(
         return torch.zeros((0, 0), dtype=torch.float32, device=x.device).to_sparse_csr()
     x = _at_least_float32(x.detach())
     key, index, largest, *_ = torch.ops.neuraldeps.neighbor_lists(x[:0], x, min(max(k1 + 1, k2), N), 0, False, True)
+    _check_accepted(key, "sqeuclidean", x=x)
     crow, col, value = torch.ops.neuraldeps.jaccard_distance(*options.encoding(index, key, largest, x[:0], x))
     return torch.sparse_csr_tensor(crow, col.long(), value, size=(N, N), check_invariants=False)
 
@@ -288,6 +294,19 @@ def _check_range(name: str, value: int, most: int | None, what: str) -> None:
         raise ValueError(f"{name} must be {limit}, not {value}")
 
 
+def _check_accepted(key: Tensor, metric: str, **rows: Tensor) -> None:
+    """Raises for rows that CUDA kernels refuse: all keys [N, k] are NaN then. Reads a value, where the host may."""
+    if not key.is_cuda or key.numel() == 0 or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return
+    if not bool(key[0, 0].isnan()):
+        return
+    wanted = "finite and without zero rows" if metric == "cosine" else "finite"
+    for name, x in rows.items():
+        refused = ~x.isfinite().all(1) | ((x == 0).all(1) & (metric == "cosine"))
+        if bool(refused.any()):
+            raise ValueError(f"{name} must be {wanted}, but its row {int(refused.int().argmax())} is not")
+
+
 def _checked_lists(indices: Tensor, distances: Tensor, row_max: Tensor | None, normalize: str) -> tuple[Tensor, Tensor]:
     """Distances [N, K] and row maxima [N] in float64."""
     for name, value in (("indices", indices), ("distances", distances), ("row_max", row_max)):
@@ -301,6 +320,8 @@ def _checked_lists(indices: Tensor, distances: Tensor, row_max: Tensor | None, n
             f"{list(distances.shape)}"
         )
     key = distances.detach().double()
+    if indices.is_cuda and indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(indices):
+        raise ValueError(f"indices must be in 0..{len(indices) - 1}, but one is not")
     descending = (~(key.diff(dim=1) >= 0)).any(1) | ~key.isfinite().all(1)
     if bool(descending.any()):
         row = int(descending.nonzero()[0])
@@ -357,13 +378,26 @@ def _gradients(grad: Tensor, x: Tensor, y: Tensor | None, index: Tensor, metric:
     rows = max(1, _GRADIENT_VALUES // max(1, index.shape[1] * x.shape[1]))
     for begin in range(0, len(x), rows):
         part = slice(begin, begin + rows)
-        with torch.enable_grad():
-            a = x[part].detach().double().requires_grad_()
-            b = base[index[part]].detach().requires_grad_()  # [rows, k, D]
-            da, db = torch.autograd.grad(reference.distances(a[:, None], b, metric), (a, b), grad[part])
-        dx[part] = da
-        dy.index_add_(0, index[part].reshape(-1), db.reshape(-1, x.shape[1]))
+        da, db = _pair_gradients(x[part].double()[:, None], base[index[part]], grad[part].double()[..., None], metric)
+        dx[part] = da.sum(1)
+        found, db = index[part].reshape(-1), db.reshape(-1, x.shape[1])
+        if x.is_cuda:  # which sorts, and so adds in a fixed order
+            dy.index_put_((found,), db, accumulate=True)
+        else:
+            dy.index_add_(0, found, db)
     return dx.to(x.dtype), dy.to(x.dtype)
+
+
+def _pair_gradients(a: Tensor, b: Tensor, grad: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """Of distances of a [rows, 1, D] and b [rows, k, D], in both, for each pair: [rows, k, D]; grad [rows, k, 1]."""
+    if metric == "inner_product":
+        return -grad * b, -grad * a
+    if metric == "sqeuclidean":
+        return 2 * grad * (a - b), 2 * grad * (b - a)
+    a_length, b_length = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
+    a, b = a / a_length, b / b_length
+    cosine = (a * b).sum(-1, keepdim=True)
+    return grad * (cosine * a - b) / a_length, grad * (cosine * b - a) / b_length
 
 
 def _gradients_like(grad: Tensor, x: Tensor, y: Tensor | None, index: Tensor, metric: str) -> tuple[Tensor, Tensor]:
@@ -387,20 +421,60 @@ def _lists_like(
     )
 
 
+def _encoding_like(index: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _csr_like(index, len(index))
+
+
+def _pairs_like(crow: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _csr_like(crow, len(crow) - 1)
+
+
+def _csr_like(like: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    entries = torch.library.get_ctx().new_dynamic_size()
+    value = like.new_empty(entries, dtype=torch.float32)
+    return like.new_empty(rows + 1, dtype=torch.int64), torch.empty_like(value, dtype=torch.int32), value
+
+
+def _mixed_like(*_: Any) -> None:
+    pass
+
+
+def _best_like(
+    crow: Tensor, col: Tensor, value: Tensor, index: Tensor, key: Tensor, largest: Tensor, query: Tensor | None,
+    gallery: Tensor | None, top_k: int, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    best = key.new_empty((index.shape[0], top_k))
+    return best, torch.empty_like(best, dtype=torch.int64), index.new_empty(1)
+
+
 def _on_cuda(name: str, function: Any) -> Any:
+    """What takes CUDA tensors: the operator `<name>_device` if there is one and its library loads, else `function`."""
+
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        _log.debug("%s runs on the plain PyTorch reference: no CUDA kernel serves it", name)
         with torch.autocast("cuda", enabled=False):
-            return function(*args)
+            return (_device_operator(name) or function)(*args)
 
     return run
+
+
+@functools.cache
+def _device_operator(name: str) -> Any:
+    found = getattr(torch.ops.neuraldeps, f"{name}_device", None)
+    reason = torch.ops.neuraldeps.cuda_library_error() if found else "there is no CUDA kernel for it"
+    if reason:
+        _log.warning("%s on CUDA runs on the plain PyTorch reference: %s", name, reason)
+    return None if reason else found
 
 
 _library = torch.library.Library("neuraldeps", "FRAGMENT")
 _library.define("neighbors_backward(Tensor grad, Tensor x, Tensor? y, Tensor index, str metric) -> (Tensor, Tensor)")
 for _key in ("CPU", "CUDA"):
     _library.impl("neighbors_backward", _gradients, _key)
+for _name in ("neighbors", "neighbors_and_largest", "neighbor_lists"):
+    _schema = str(getattr(torch.ops.neuraldeps, _name).default._schema)
+    _library.define(_schema.removeprefix("neuraldeps::").replace(_name, f"{_name}_device", 1))
+    _library.impl(f"{_name}_device", getattr(retrieval_cuda, _name), "CUDA")
 for _name in (
     "neighbors",
     "neighbors_and_largest",
@@ -416,4 +490,8 @@ torch.library.register_fake("neuraldeps::neighbors", _neighbors_like)
 torch.library.register_fake("neuraldeps::neighbors_backward", _gradients_like)
 torch.library.register_fake("neuraldeps::neighbors_and_largest", _neighbors_and_largest_like)
 torch.library.register_fake("neuraldeps::neighbor_lists", _lists_like)
+torch.library.register_fake("neuraldeps::reciprocal_encoding", _encoding_like)
+torch.library.register_fake("neuraldeps::jaccard_rerank", _mixed_like)
+torch.library.register_fake("neuraldeps::jaccard_rerank_top_k", _best_like)
+torch.library.register_fake("neuraldeps::jaccard_distance", _pairs_like)
 torch.library.register_autograd("neuraldeps::neighbors", _neighbors_backward, setup_context=_save_neighbors)

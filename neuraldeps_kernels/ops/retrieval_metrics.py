@@ -18,9 +18,7 @@ Source: Zheng et al., ICCV 2015 (Market-1501, CMC and mAP); Ye et al., survey an
 from __future__ import annotations
 
 import csv
-import functools
 import io
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,15 +29,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neuraldeps_kernels.ops.retrieval import METRICS
+from neuraldeps_kernels.ops.retrieval import METRICS, _device_operator, _on_cuda
 from neuraldeps_kernels.profiling import annotated
 from neuraldeps_kernels.reference import retrieval_metrics as reference
 from neuraldeps_kernels.reference.retrieval_metrics import Metrics, Rules
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_log = logging.getLogger("neuraldeps_kernels")
 
 AVERAGE_PRECISIONS = ("standard", "trapezoid", "sklearn")
 DENOMINATORS = ("valid", "all")
@@ -226,10 +222,10 @@ def retrieval_metrics_from_features(
         The others are those of `retrieval_metrics`.
 
     Returns:
-        RetrievalMetrics by the order of float64 distances of the values given, equal ones by place. On the CPU products
-        are taken in float32 with a bound of their error, and what it leaves open is decided by float64 sums, so equal
-        rows tie exactly. On CUDA, and with "single-shot", distances are float64 matrix products: equal but for the last
-        digits.
+        RetrievalMetrics by the order of float64 distances of the values given, equal ones by place. Products are taken
+        in float32 with a bound of their error, and what it leaves open is decided by float64 sums, so equal rows tie
+        exactly. With "single-shot", and on CUDA without our kernels, distances are float64 matrix products: equal but
+        for the last digits.
 
     Raises:
         ValueError: as `retrieval_metrics`; a row is not finite or, for cosines, zero.
@@ -250,7 +246,8 @@ def retrieval_metrics_from_features(
     )
     query, gallery = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (query, gallery))
     query_unit, gallery_unit = _units(query, gallery, metric)
-    exact = query.device.type != "cpu" or options.protocol == "single-shot"
+    served = not query.is_cuda or _device_operator("retrieval_metrics_from_features") is not None
+    exact = options.protocol == "single-shot" or not served
     block = _float64_blocks if exact else _certified_blocks
     measure = block(query, gallery, query_unit, gallery_unit, metric)
     step = max(_BLOCK_ROWS, _BLOCK_VALUES // len(gallery))
@@ -260,8 +257,7 @@ def retrieval_metrics_from_features(
         parts.append(measure(rows, rules.of_queries(rows), options))
         if progress is not None:
             progress(len(parts[-1][0]))
-    ap_values, inp, first = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-    return options.summary(ap_values, inp, first)
+    return options.summary(*_joined(parts))
 
 
 # ------------------------------------------------------------------------------------------------ options and rules
@@ -424,6 +420,12 @@ def _check_features(query: Tensor, gallery: Tensor, metric: str) -> None:
             raise ValueError(f"{name} must be {wanted}, but its row {int((~good).nonzero()[0])} is not")
 
 
+def _joined(parts: list[Metrics]) -> Metrics:
+    """Of all queries; first ranks of draws are [draws, rows]."""
+    ap, inp, first = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+    return ap, inp, first
+
+
 def _checked(found: Metrics) -> Metrics:
     bad = found[2] < 0
     if bool(bad.any()):
@@ -442,8 +444,6 @@ def _of_lists(distances: Tensor, indices: Tensor, rules: Rules, options: _Option
         raise ValueError(
             f"indices must have the shape of distances, {list(distances.shape)}, not {list(indices.shape)}"
         )
-    if options.protocol != "all" or options.ranks_of != "images":
-        raise ValueError("protocol='single-shot' and ranks_of='identities' need all distances, not top-K lists")
     ng = len(rules.order)
     if indices.numel() and not -1 <= int(indices.min()) <= int(indices.max()) < ng:
         wrong = int(indices.min()) if int(indices.min()) < -1 else int(indices.max())
@@ -453,8 +453,16 @@ def _of_lists(distances: Tensor, indices: Tensor, rules: Rules, options: _Option
     if bool(twice.any()):
         raise ValueError(f"indices must not repeat in a row, but row {int(twice.nonzero()[0])} does")
     _refuse_nan(distances, indices < 0)
-    metrics, truncated = reference.listed_metrics(distances, indices, rules, options.ap)
-    return options.summary(*metrics, truncated)
+    parts, truncated = [], []
+    for rows in reference.blocks(len(indices), ng):
+        part = rules.of_queries(rows)
+        keys, cut = reference.listed_keys(distances[rows], indices[rows], part)
+        truncated.append(cut)
+        if options.protocol == "single-shot":
+            parts.append(_single_shot(keys, part, options))
+        else:
+            parts.append(torch.ops.neuraldeps.retrieval_metrics(keys, *part.arguments(), options.ap))
+    return options.summary(*_joined(parts), torch.cat(truncated))
 
 
 def _refuse_nan(distances: Tensor, ignored: Tensor | None = None) -> None:
@@ -615,15 +623,17 @@ def _certified_blocks(
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Matrix products of float32 on the CPU in float32, whatever the user allows elsewhere."""
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
-    before = setting.fp32_precision
-    setting.fp32_precision = "ieee"
+    """Matrix products of float32 in float32, whatever the user allows elsewhere."""
+    settings: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]  # run time
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        setting.fp32_precision = before
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 # ------------------------------------------------------------------------------------------------ operator rules
@@ -632,16 +642,6 @@ def _full_float32() -> Iterator[None]:
 def _metrics_like(distance: Tensor, *_: Any) -> Metrics:
     ap = distance.new_empty(distance.shape[0], dtype=torch.float64)
     return ap, torch.empty_like(ap), torch.empty_like(ap, dtype=torch.int64)
-
-
-def _on_cuda(name: str, function: Any) -> Any:
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
-        _log.debug("%s runs on the plain PyTorch reference: no CUDA kernel serves it", name)
-        with torch.autocast("cuda", enabled=False):
-            return function(*args)
-
-    return run
 
 
 _library = torch.library.Library("neuraldeps", "FRAGMENT")

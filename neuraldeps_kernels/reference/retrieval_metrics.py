@@ -1,5 +1,4 @@
-"""Plain PyTorch twin of the operators of `neuraldeps_kernels.ops.retrieval_metrics`, what CUDA tensors go to, and what
-measures top-K lists: all of them sort.
+"""Plain PyTorch twin of the operators of `neuraldeps_kernels.ops.retrieval_metrics`, which sorts; top-K lists as keys.
 
 Notation: nq queries, ng gallery items; items of one identity stand side by side in `order` [ng], those of query q in
 order[begin_q : end_q]. Of the items that are no junk, r_m is the rank of the m-th positive, P their number.
@@ -35,8 +34,8 @@ class Rules:
         """In the order of the operators."""
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
-    def of_queries(self, rows: slice) -> Rules:
-        """The same for some queries."""
+    def of_queries(self, rows: slice | Tensor) -> Rules:
+        """The same for some queries, by their numbers or a slice of them."""
 
         def part(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[rows]
@@ -48,6 +47,13 @@ class Rules:
             query_camera=part(self.query_camera),
             group=part(self.group),
         )
+
+    def same_identity(self) -> tuple[Tensor, Tensor]:
+        """Queries and gallery items of one identity, int64 [pairs] each, junk among them."""
+        sizes = self.end - self.begin
+        query = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+        place = torch.arange(len(query), device=sizes.device) - (sizes.cumsum(0) - sizes)[query]
+        return query, self.order[self.begin[query] + place]
 
     def junk_and_positive(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """bool [nq, K] each, of gallery items index int64 [nq, K]; -1 is junk."""
@@ -62,17 +68,6 @@ class Rules:
         if self.excluded is not None and self.group is not None:
             junk = junk | self.excluded[self.group[:, None], item]
         return junk, same & ~junk
-
-    def totals(self) -> tuple[Tensor, Tensor]:
-        """Numbers of positives, and of items that are no junk, int64 [nq] each."""
-        ng = len(self.order)
-        found = []
-        for rows in blocks(len(self.begin), ng):
-            everything = torch.arange(ng, device=self.order.device).expand(len(self.begin[rows]), -1)
-            junk, positive = self.of_queries(rows).junk_and_positive(everything)
-            found.append(torch.stack([positive.sum(1), (~junk).sum(1)]))
-        positives, kept = torch.cat(found, 1) if found else self.begin.new_zeros((2, 0))
-        return positives, kept
 
 
 def retrieval_metrics(
@@ -94,7 +89,7 @@ def retrieval_metrics(
         key, index = (distance[rows].double() + 0.0).sort(dim=1, stable=True)
         part = rules.of_queries(rows)
         junk, positive = part.junk_and_positive(index)
-        ap, inp, first = _of_sorted(key, junk, positive, positive.sum(1), (~junk).sum(1), precision)
+        ap, inp, first = _of_sorted(key, junk, positive, precision)
         if identity is not None:
             first = _ranks_of_identities(identity[index], junk, positive)
         bad = key.isnan().any(1)
@@ -118,22 +113,22 @@ def retrieval_metrics_from_features(
     return retrieval_metrics(torch.stack(keys) if keys else distance.double(), *rules)
 
 
-def listed_metrics(distance: Tensor, index: Tensor, rules: Rules, precision: str) -> tuple[Metrics, Tensor]:
-    """From lists distance, index [nq, K], -1 for no entry; and which queries have positives that are not listed.
+def listed_keys(distance: Tensor, index: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+    """Keys float64 [b, ng] that order the gallery as lists distance, index [b, K] do; which have positives not listed.
 
-    Such positives count as the very last of the gallery, so that nothing is overestimated.
+    An item's key is the number of nearer ones in its list, so that ties stay ties; -1 is no entry. What is not listed
+    ranks behind, positives last and one after the other, so that nothing is overestimated.
     """
-    positives, kept = rules.totals()
-    parts, truncated = [], []
-    for rows in blocks(*index.shape):
-        part = rules.of_queries(rows)
-        by_index = index[rows].sort(dim=1)  # a stable sort by distance then leaves ties in the order of the gallery
-        by_distance = (distance[rows].double() + 0.0).gather(1, by_index.indices).sort(dim=1, stable=True)
-        found = by_index.values.gather(1, by_distance.indices)
-        junk, positive = part.junk_and_positive(found)
-        parts.append(_of_sorted(by_distance.values, junk, positive, positives[rows], kept[rows], precision))
-        truncated.append(positive.sum(1) < positives[rows])
-    return _joined(parts, distance), torch.cat(truncated) if truncated else positives.bool()
+    (b, K), ng = index.shape, len(rules.order)
+    value = torch.where(index < 0, torch.inf, distance.double() + 0.0).contiguous()
+    nearer = torch.searchsorted(value.sort(dim=1).values, value).double()
+    keys = nearer.new_full((b, ng + 1), float(K))
+    row, item = rules.same_identity()
+    keys[row, item] = (K + 1 + item).double()
+    keys.scatter_(1, torch.where(index < 0, ng, index), nearer)
+    _, positive = rules.of_queries(row).junk_and_positive(item[:, None])
+    unlisted = positive[:, 0] & (keys[row, item] > K)
+    return keys[:, :ng], torch.zeros_like(rules.begin, dtype=torch.bool).index_fill_(0, row[unlisted], True)
 
 
 def blocks(rows: int, columns: int) -> list[slice]:
@@ -150,33 +145,21 @@ def _joined(parts: list[Metrics], like: Tensor) -> Metrics:
     return ap, inp, first
 
 
-def _of_sorted(key: Tensor, junk: Tensor, positive: Tensor, P: Tensor, kept: Tensor, precision: str) -> Metrics:
-    """From keys in order [b, K] and what they belong to; P and kept [b] count the whole gallery."""
-    listed = positive.sum(1)
-    # Ranks of the positives in columns m = 1 .. most; those that are not listed are the last of the gallery.
-    most = int(P.max()) if len(P) else 0
-    m = torch.arange(1, most + 1, device=key.device).expand(len(P), -1)
-    present, known = m <= P[:, None], m <= listed[:, None]
-    r = kept[:, None] - (P[:, None] - m)
-    count = positive.cumsum(1)
-    row, column = positive.nonzero().T
-    at = count[row, column] - 1
-    r[row, at] = (~junk).cumsum(1)[row, column]
-    shared_m, shared_r = m.clone(), r.clone()
+def _of_sorted(key: Tensor, junk: Tensor, positive: Tensor, precision: str) -> Metrics:
+    """From keys in order [b, K] and what they belong to."""
+    P, m, r = positive.sum(1), positive.cumsum(1), (~junk).cumsum(1)
+    shared_m, shared_r = m, r
     if precision == "sklearn":
-        last = _last_equal(key)[row, column]
-        shared_m[row, at], shared_r[row, at] = count[row, last], (~junk).cumsum(1)[row, last]
+        last = _last_equal(key)
+        shared_m, shared_r = m.gather(1, last), r.gather(1, last)
     value = shared_m.double() / shared_r
     if precision == "trapezoid":
         value = (torch.where(r == 1, 1.0, (m - 1).double() / (r - 1)) + value) / 2
-    ap = torch.where(present, value, 0.0).sum(1) / P
-    last_rank = torch.where(known | present, r, 0).amax(1) if most else P
-    first = r[:, 0] if most else P
     valid = P > 0
     return (
-        torch.where(valid, ap, torch.nan),
-        torch.where(valid, P.double() / last_rank, torch.nan),
-        torch.where(valid, first, 0),
+        torch.where(valid, torch.where(positive, value, 0.0).sum(1) / P, torch.nan),
+        torch.where(valid, P.double() / torch.where(positive, r, 0).amax(1), torch.nan),
+        torch.where(valid, torch.where(positive, r, r.shape[1]).amin(1), 0),
     )
 
 
@@ -185,7 +168,7 @@ def _last_equal(key: Tensor) -> Tensor:
     K = key.shape[1]
     column = torch.arange(K, device=key.device).expand_as(key)
     ends = torch.ones_like(key, dtype=torch.bool)
-    ends[:, :-1] = key.diff(dim=1) != 0
+    ends[:, :-1] = key[:, 1:] != key[:, :-1]
     return torch.where(ends, column, K).flip(1).cummin(1).values.flip(1)
 
 

@@ -112,6 +112,147 @@ ND_API int nd_fourier_filter(const NdFourierFilterArgs* args, const void* x, voi
 ND_API size_t nd_fourier_filter_backward_workspace(const NdFourierFilterArgs* args);
 ND_API int nd_fourier_filter_backward(const NdFourierFilterArgs* args, const void* grad, const void* x, void* dx,
                                       float* dweight, void* workspace, void* stream);
+
+/* Nearest neighbours in float64, see csrc/cuda/retrieval.cu: nd_neighbors_prepare once; then every tile of products,
+   left by right transposed, to nd_neighbors_offer (in one set those of columns from the first row of the tile on); then
+   nd_neighbors_finish. All pointers lie on the device, and the workspace is aligned to 256 bytes. */
+#define ND_SQUARED_EUCLIDEAN 0
+#define ND_COSINE 1
+#define ND_INNER_PRODUCT 2
+typedef struct {
+  const void *x, *y; /* [n, dim], [m, dim] of dtype, rows x_stride and y_stride apart */
+  int32_t dtype;     /* 0 float32, 1 float64 */
+  int32_t joined;    /* 1: rows of x, then of y, are one set of N = n + m, searched within itself; 0: x is
+                        searched in y, N = n */
+  int32_t metric;    /* ND_... */
+  int64_t n, m;      /* n + m < 2^31 */
+  int64_t dim, x_stride, y_stride;
+  int64_t k;             /* 1 to the rows searched among */
+  int64_t num_queries;   /* in one set: its first rows, which have distances from all others .. */
+  int64_t query_k;       /* .. and query_k >= k neighbours, or k if 0 */
+  int32_t wants_largest; /* 1: the largest key of every row too */
+  int32_t split;         /* 1: copies of three parts, a product's high and low halves; 0: of the high one alone */
+  int32_t fine;          /* 1: products are of all parts; 0: of the first; needs split */
+  int32_t bfloat16;      /* type of the copies: 0 float16, 1 bfloat16 */
+  void *left, *right;    /* written: rows searched for, and among, each rounded up to 8, of 1 or 3 times dim
+                            rounded up to 8; one copy may serve as both if joined and not split */
+} NdNeighborsArgs;
+
+/* Reads no pointer. */
+ND_API size_t nd_neighbors_workspace(const NdNeighborsArgs* args);
+ND_API int nd_neighbors_prepare(const NdNeighborsArgs* args, void* workspace, void* stream);
+/* product [rows, ld >= columns] of rows first_row .. with columns first_column .. */
+ND_API int nd_neighbors_offer(const NdNeighborsArgs* args, const float* product, int64_t ld, int64_t first_row,
+                              int64_t rows, int64_t first_column, int64_t columns, void* workspace, void* stream);
+/* key, index [N, k]; largest [N] or null; query_key, query_index [num_queries, query_k]. */
+ND_API int nd_neighbors_finish(const NdNeighborsArgs* args, double* key, int64_t* index, double* largest,
+                               double* query_key, int64_t* query_index, void* workspace, void* stream);
+/* Keys of queries first_row .. with all rows that are none, into their rows of dense [num_queries, N - num_queries],
+   from the fine products [rows, ld]; not for inner products. */
+ND_API int nd_neighbors_dense(const NdNeighborsArgs* args, const float* product, int64_t ld, int64_t first_row,
+                              int64_t rows, float* dense, void* workspace, void* stream);
+
+/* Re-ranking from neighbour lists; see csrc/cuda/reranking.cu and gnn_rerank.cu. Rows are the queries, then the
+   gallery, fewer than 2^31. All pointers lie on the device. Indices that are no row count as the nearest that is one.
+ */
+typedef struct {
+  int64_t rows, k;      /* k >= 1 */
+  const int64_t* index; /* [rows, k] by ascending distance */
+  const double* key;    /* [rows, k] */
+} NdLists;
+
+/* Rows for distances that no list holds; dim = 0: not known, they count as the last listed. */
+typedef struct {
+  const void *query, *gallery;
+  int32_t dtype; /* 0 float32, 1 float64 */
+  int64_t num_queries, dim, query_stride, gallery_stride;
+} NdFeatures;
+
+typedef struct {
+  NdLists lists;         /* squared distances */
+  const double* largest; /* [rows] */
+  NdFeatures features;
+  int64_t forward, half, expand; /* each >= 1: entries of a list that count, those behind an expansion, k2 */
+  int32_t normalize, power;      /* t = d / largest, d if not; t^2 if power is 4, not 2 */
+  int64_t* crow;                 /* [rows + 1] */
+  int32_t* col;                  /* [rows * room] columns ascending, and nothing behind crow[rows] */
+  float* value;                  /* [rows * room] */
+} NdReciprocalEncodingArgs;
+
+/* Most entries of a row; reads no pointer. */
+ND_API int64_t nd_reciprocal_encoding_room(const NdReciprocalEncodingArgs* args);
+ND_API size_t nd_reciprocal_encoding_workspace(const NdReciprocalEncodingArgs* args);
+ND_API int nd_reciprocal_encoding(const NdReciprocalEncodingArgs* args, void* workspace, void* stream);
+
+typedef struct {
+  int64_t rows, num_queries; /* num_queries = 0: all pairs of rows */
+  const int64_t* crow;       /* [rows + 1] the encoding */
+  const int32_t* col;        /* [room] */
+  const float* value;        /* [room] */
+  int64_t room;              /* crow[rows] or more */
+  const double* largest;     /* [num_queries] */
+  double lambda;
+  int32_t normalize, power;
+  float* distance; /* dense: [num_queries, rows - num_queries] squared distances, replaced by the result */
+  NdLists lists;   /* top_k: of the queries */
+  NdFeatures features;
+  int64_t top_k;
+  double* best;       /* [num_queries, top_k] ascending, padded with infinity */
+  int64_t* found;     /* [num_queries, top_k] places in the gallery, padded with -1 */
+  int64_t* rescanned; /* [1] queries whose lists were too short */
+  int64_t* crow_out;  /* all pairs: [rows + 1], written by _count */
+  int32_t* col_out;   /* [crow_out[rows]], written by _fill */
+  float* value_out;
+} NdJaccardArgs;
+
+/* Bytes for all of these functions; looks whether crow_out and top_k are 0. _fill finds what _count left there. */
+ND_API size_t nd_jaccard_workspace(const NdJaccardArgs* args);
+ND_API int nd_jaccard_rerank(const NdJaccardArgs* args, void* workspace, void* stream);
+ND_API int nd_jaccard_rerank_top_k(const NdJaccardArgs* args, void* workspace, void* stream);
+ND_API int nd_jaccard_distance_count(const NdJaccardArgs* args, void* workspace, void* stream);
+ND_API int nd_jaccard_distance_fill(const NdJaccardArgs* args, void* workspace, void* stream);
+
+typedef struct {
+  NdLists lists;               /* cosine distances */
+  int64_t num_queries, expand; /* expand: k2, 1 .. lists.k */
+  double lambda;
+  int64_t edges;       /* of the first layer, as found by nd_gnn_layer */
+  float* distance;     /* dense: [num_queries, rows - num_queries] cosine distances, replaced by scores */
+  NdLists query_lists; /* top_k, 0 for dense: longer lists of the queries */
+  NdFeatures features;
+  int64_t top_k;
+  double* score;  /* [num_queries, top_k] descending, padded with -infinity */
+  int64_t* found; /* [num_queries, top_k] places in the gallery, padded with -1 */
+} NdGnnArgs;
+
+/* First the size of the graph to `edges`, on the device, then the scores; `layer` is the workspace of nd_gnn_layer. */
+ND_API size_t nd_gnn_layer_workspace(const NdGnnArgs* args);
+ND_API int nd_gnn_layer(const NdGnnArgs* args, int64_t* edges, void* workspace, void* stream);
+ND_API size_t nd_gnn_rerank_workspace(const NdGnnArgs* args);
+ND_API int nd_gnn_rerank(const NdGnnArgs* args, void* layer, void* workspace, void* stream);
+
+/* Evaluation of a ranked gallery; see csrc/cuda/retrieval_metrics.cu. Device pointers; optional ones may be null. */
+typedef struct {
+  const void* distance; /* [nq, ng], rows `stride` apart */
+  int32_t dtype;        /* of distances: 0 float32, 1 float64 */
+  int64_t nq, ng, stride;
+  const int64_t *order, *begin, *end;           /* items of the identity of query q: order[begin[q] .. end[q]) */
+  const int64_t *query_camera, *gallery_camera; /* optional: of one identity, items of the query's camera are junk */
+  const uint8_t* excluded;                      /* optional [groups, ng]: what is junk for queries of a group */
+  const int64_t* group;                         /* [nq] */
+  int64_t groups;
+  const int32_t* identity; /* optional [ng], below ng: first ranks count identities */
+  int32_t precision;       /* 0 standard, 1 trapezoid, 2 equal keys share one */
+  const double* slack;     /* optional [nq]: distances are within this of the keys, which are float64 sums over */
+  NdFeatures features;     /* num_queries = nq, */
+  const double *query_unit, *gallery_unit; /* times these factors: |x - y|^2 */
+  int32_t inner_product;                   /* or -<x, y> */
+  double *ap, *inp;                        /* [nq] NaN without a positive or with a NaN distance */
+  int64_t* first_rank;                     /* [nq] 0, -1 then */
+} NdRetrievalMetricsArgs;
+
+ND_API size_t nd_retrieval_metrics_workspace(const NdRetrievalMetricsArgs* args);
+ND_API int nd_retrieval_metrics(const NdRetrievalMetricsArgs* args, void* workspace, void* stream);
 #ifdef __cplusplus
 }
 #endif
