@@ -56,39 +56,6 @@ ND_INLINE V<float> keep_first<float>(V<float> v, int64_t count) {
 }
 #endif
 
-template <int...>
-struct Lanes {};
-template <int n, int... l>
-struct LanesUpTo : LanesUpTo<n - 1, n - 1, l...> {};
-template <int... l>
-struct LanesUpTo<0, l...> {
-  using t = Lanes<l...>;
-};
-
-// With h a power of two, lane l is the sum of lanes l and l ^ h of a where l has not the bit h, and of b where it has.
-template <int h, class Vector, int... l>
-ND_INLINE Vector pair_sums(Vector a, Vector b, Lanes<l...>) {
-  constexpr int W = sizeof...(l);
-  return __builtin_shufflevector(a, b, ((l & h) ? W + l : l)...) +
-         __builtin_shufflevector(a, b, ((l & h) ? W + (l ^ h) : l ^ h)...);
-}
-template <int h, class T>
-ND_INLINE void halve(V<T> (&v)[Vec<T>::W]) {
-  if constexpr (h > 0) {
-    for (int i = 0; i < h; i++) v[i] = pair_sums<h>(v[i], v[i + h], typename LanesUpTo<Vec<T>::W>::t());
-    halve<h / 2, T>(v);
-  }
-}
-
-// Lane i is the sum of the lanes of v[i].
-template <class T>
-ND_INLINE V<T> lane_sums(const V<T> (&v)[Vec<T>::W]) {
-  V<T> sums[Vec<T>::W];
-  for (int i = 0; i < Vec<T>::W; i++) sums[i] = v[i];
-  halve<Vec<T>::W / 2, T>(sums);
-  return sums[0];
-}
-
 template <class T>
 ND_INLINE V<T> square_root(V<T> v) {
 #if defined(__AVX512F__)

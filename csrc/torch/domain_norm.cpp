@@ -8,7 +8,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -19,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "layouts.hpp"
 #include "neuraldeps/cpu_api.h"
 #include "neuraldeps/nvtx.hpp"
 #include "parallel.hpp"
@@ -26,7 +26,11 @@
 
 namespace {
 
+using nd::empty_beside;
 using nd::invalid;
+using nd::is_dense;
+using nd::kMaxDimensions;
+using nd::made_contiguous;
 using nd::cpu::DomainNormArgs;
 using nd::cpu::Dtype;
 using nd::cpu::NormArgs;
@@ -37,57 +41,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kValuesPerThread = 1 << 15;  // fewer are not worth a second thread
 constexpr int64_t kFewPositions = 16;          // of a sample: tables by sample would be as large as x
-constexpr int kMaxDimensions = 64;
 
 // ------------------------------------------------------------------------------------------------ values
-
-// torch::stable::contiguous calls the dispatcher even for nothing, which would double a small operator.
-Tensor made_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-bool is_dense(const Tensor& x, bool channels_last) {
-  int64_t expected = 1;
-  const auto next = [&](int64_t d) {
-    const bool fits = x.size(d) == 1 || x.stride(d) == expected;
-    expected *= x.size(d);
-    return fits;
-  };
-  if (x.numel() == 0) return true;
-  if (channels_last && !next(1)) return false;
-  for (int64_t d = x.dim() - 1; d > 1; d--) {
-    if (!next(d)) return false;
-  }
-  return (channels_last || next(1)) && next(0);
-}
-
-// Asks for huge pages, where the system leaves the choice to programs: a large result is new memory at every call, and
-// one fault in place of 512 a page takes less than half of the time.
-void prefer_huge_pages([[maybe_unused]] const Tensor& x) {
-#if defined(__linux__)
-  const uintptr_t page = static_cast<uintptr_t>(nd::kHugePage);
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + static_cast<uintptr_t>(x.numel()) * x.element_size()) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// Uninitialised tensor of shape and strides of `like`, which is dense.
-Tensor empty_beside(const Tensor& like) {
-  std::array<int64_t, kMaxDimensions> sizes, strides;
-  for (int64_t d = 0; d < like.dim(); d++) {
-    sizes[static_cast<size_t>(d)] = like.size(d);
-    strides[static_cast<size_t>(d)] = like.stride(d);
-  }
-  int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type()));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), sizes.data(), strides.data(), dtype, device_type,
-                                                  like.get_device_index(), &handle));
-  Tensor result(handle);
-  prefer_huge_pages(result);
-  return result;
-}
 
 // x [N, C, *] made dense, and what goes with it.
 struct Values {
@@ -110,19 +65,7 @@ struct Values {
   ScalarType wide() const { return args.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float; }
   bool empty() const { return x.numel() == 0; }
 
-  // `other` of the shape and dtype of x in the layout of x.
-  Tensor beside(const char* name, const Tensor& other) const {
-    bool same_shape = other.dim() == x.dim(), same_layout = same_shape;
-    for (int64_t d = 0; same_shape && d < x.dim(); d++) {
-      same_shape = other.size(d) == x.size(d);
-      same_layout = same_layout && (x.size(d) == 1 || other.stride(d) == x.stride(d));
-    }
-    if (!same_shape || other.scalar_type() != x.scalar_type())
-      invalid(std::string(name) + " must have shape and dtype of x");
-    if (same_layout) return other;
-    Tensor copy = empty_beside(x);
-    return torch::stable::copy_(copy, other);
-  }
+  Tensor beside(const char* name, const Tensor& other) const { return nd::beside(name, other, "x", x); }
   OptionalTensor beside(const char* name, const OptionalTensor& other) const {
     return other ? OptionalTensor(beside(name, *other)) : std::nullopt;
   }

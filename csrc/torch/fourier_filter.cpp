@@ -14,20 +14,20 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <string>
 #include <tuple>
 
 #include "cuda_library.hpp"
 #include "neuraldeps/cpu_api.h"
+#include "neuraldeps/memory.hpp"
 #include "neuraldeps/nvtx.hpp"
 #include "tensors.hpp"
 
 namespace {
 
+using nd::allocate;
 using nd::invalid;
+using nd::Memory;
 using nd::cpu::Dtype;
 using nd::cpu::FourierBlocksArgs;
 using nd::cpu::FourierBlocksPlan;
@@ -81,17 +81,6 @@ Tensor result_like(const Tensor& x, const Layout& layout) {
   return torch::stable::transpose(torch::stable::transpose(pixels, 2, 3), 1, 2);
 }
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<void, Free>;
-
-Memory allocated(int64_t bytes) {
-  Memory memory(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
-
 bool in_blocks(const Tensor& weight) { return weight.dim() == 6 && weight.size(3) > 1; }
 
 // Checked arguments but for the results. A weight of blocks of one channel is one of channels.
@@ -140,8 +129,8 @@ void check_grad(const Tensor& grad, const Tensor& x) {
 void run(FourierFilterArgs& args) {
   const nd::cpu::Kernels& kernels = nd::cpu::kernels();
   const FourierFilterPlan plan = kernels.fourier_filter_plan(args);
-  const Memory table = allocated(plan.table_bytes), filter = allocated(plan.filter_bytes);
-  const Memory sums = args.grad ? allocated(plan.sums_bytes) : nullptr;
+  const Memory table = allocate(plan.table_bytes), filter = allocate(plan.filter_bytes);
+  const Memory sums = args.grad ? allocate(plan.sums_bytes) : nullptr;
   args.splits = plan.splits;
   args.table = table.get();
   args.filter = filter.get();
@@ -156,7 +145,7 @@ void run(FourierFilterArgs& args) {
   const auto over_tasks = [&](int64_t tasks, int64_t images, auto stage) {
     const int64_t grain = std::max<int64_t>(1, kSerialPixels / (image * std::max<int64_t>(images, 1)));
     torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-      const Memory workspace = allocated(plan.workspace_bytes);
+      const Memory workspace = allocate(plan.workspace_bytes);
       stage(args, begin, end, workspace.get());
     });
   };
@@ -177,8 +166,8 @@ void run_blocks(const FourierFilterArgs& filter, int64_t groups) {
   args.groups = groups;
   const FourierBlocksPlan plan = kernels.fourier_blocks_plan(args);
   const int64_t tensors = filter.grad ? 2 : 1, products_bytes = kernels.fourier_blocks_room(args);
-  const Memory table = allocated(kernels.fourier_filter_plan(filter).table_bytes);
-  const Memory spectra = allocated(tensors * plan.spectra_bytes);
+  const Memory table = allocate(kernels.fourier_filter_plan(filter).table_bytes);
+  const Memory spectra = allocate(tensors * plan.spectra_bytes);
   args.filter.table = table.get();
   args.mode_stride = plan.mode_stride;
   args.image_stride = plan.image_stride;
@@ -189,7 +178,7 @@ void run_blocks(const FourierFilterArgs& filter, int64_t groups) {
   const auto over_tasks = [&](int64_t tasks, int64_t work, int64_t workspace_bytes, auto stage) {
     const int64_t grain = std::max<int64_t>(1, 8 * kSerialPixels / work);
     torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-      const Memory workspace = allocated(workspace_bytes);
+      const Memory workspace = allocate(workspace_bytes);
       stage(args, begin, end, workspace.get());
     });
   };

@@ -206,6 +206,53 @@ def low_rank_project(a: Tensor, k: int, *, mode: str = "exact", check: bool = Fa
     return _as_batch(_LowRankProject.apply(_flat(a), k), a)  # type: ignore[no-untyped-call]
 
 
+@annotated
+def principal_directions(
+    rows: Tensor, rank: int | None = None, *, energy: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The subspace that rows, such as gradients, share: leading right singular vectors.
+
+    Args:
+        rows: [M, d], or L problems [L, M, d], finite; float32, float64, bfloat16 or float16. Not centred.
+        rank: r, 1 to min(M, d); 1 if neither it nor `energy` is given.
+        energy: in (0, 1]: the smallest r whose squared singular values have this share of the sum, in each of the
+            problems. The host waits for it.
+
+    Returns:
+        Orthonormal directions [r, d] or [L, r, d] and all singular values, descending, [k] or [L, k], k = min(M, d), in
+        the dtype of `rows` (float32 for 16-bit ones). Signs are arbitrary, and so are directions of repeated or
+        vanishing values: compare projectors. Without gradients.
+
+    Raises:
+        ValueError: shapes, `rank` or `energy` do not fit, both are given, or `rows` holds NaN or infinity.
+        TypeError: `rows` is no tensor of these dtypes.
+
+    Source: our choice.
+    """
+    _check_matrices(rows, True)
+    if rows.dim() > 3 or 0 in rows.shape:
+        raise ValueError(f"rows must be [M, d] or [L, M, d] with no dimension empty, not {list(rows.shape)}")
+    if rank is not None and energy is not None:
+        raise ValueError("give rank or energy, not both")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy must be in (0, 1], not {energy}")
+    most = min(rows.shape[-2:])
+    if rank is not None and not 1 <= rank <= most:
+        raise ValueError(f"rank must be in 1..{most}, not {rank}")
+    a = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+    flat = a if a.dim() == 3 else a[None]
+    s, V = _right_basis(_tall(flat))
+    r = rank or 1
+    if energy is not None:
+        share = s.square().cumsum(1) / s.square().sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
+        r = min(most, int((share < energy * (1 - 1e-12)).sum(1).amax()) + 1)
+    leading = V[..., :r]
+    if flat.shape[1] < flat.shape[2]:  # those of the short side, carried over; QR keeps them orthonormal where s = 0
+        leading = torch.linalg.qr(flat.double().mT @ leading)[0]
+    U, values = leading.mT.to(a.dtype).contiguous(), s.to(a.dtype)
+    return (U, values) if rows.dim() == 3 else (U[0], values[0])
+
+
 # ------------------------------------------------------------------------------------------------ arguments
 
 

@@ -292,6 +292,108 @@ struct DomainNormArgs {
 // kPrepare by group stands for kReduce and kMerge of a forward whose mean and variance are given.
 enum class NormStage { kAll, kReduce, kMerge, kPrepare, kApply };
 
+// T^2 / N sum of KL(softmax(b_n / T) || softmax(a_n / T)) over rows of student a and teacher b, and its gradient in a.
+struct DistillationArgs {
+  const void *student, *teacher;              // [N, C] of dtype, rows a stride apart, entries of a row side by side
+  Dtype dtype;                                // of both
+  int64_t C, student_stride, teacher_stride;  // C >= 1
+  double temperature;                         // T
+  double* divergence;                         // forward: [N] KL of each row
+  double* statistics;  // [N, 4] m and log sum exp((x - m) / T) of the student, then the teacher; backward: read
+  double factor;       // backward: of p_s - p_t
+  void* dstudent;      // [N, C] contiguous; null: forward
+};
+
+// Queue contrast of rows q (and o) with a queue Q [K, d]: for S = q Q' / tau and R = o Q' / tau_t, softmaxes over K,
+//   log sum exp S,   A = E_p_q[Q],   log sum exp R,   B = E_p_o[Q],   E_p_o[R - S].
+struct QueueContrastArgs {
+  const void *q, *original;  // [N, d] contiguous, float64 for a float64 queue, else float32; original null: none of R
+  const void* queue;         // [K, d] of dtype, rows queue_stride apart, entries of a row side by side
+  Dtype dtype;
+  int64_t N, K, d, queue_stride;           // >= 1
+  double temperature, target_temperature;  // tau, tau_t
+  bool gradient;                           // A and B are wanted
+  void* partial;                           // QueueContrastPlan::partial_bytes, aligned to 64
+  double *lse_q, *lse_o, *difference;      // [N] results
+  void *mean_q, *mean_o;                   // [N, d] A, B in the dtype of q, with gradient
+};
+
+// Order: accumulate all tasks, in any order; merge all N rows.
+struct QueueContrastPlan {
+  int64_t tasks;  // blocks of rows times slabs of the queue
+  int64_t partial_bytes;
+  int64_t workspace_bytes;  // of a task of accumulate, aligned to 64
+};
+
+// Images mixed region by region, x_m = lam x_v + (1 - lam) x_i, and with grad g = dL/dx_m the gradients lam g,
+// (1 - lam) g and dL/dratio. Arrays of images are [N, C, H, W], or [N, H, W, C] if channels_last, of dtype. Pixels of
+// row h have the ratios r of region a = region_of_row[h], on the way to those of a + 1: (1 - t) r_a + t r_{a+1} with t
+// = step_of_row[h], and so have columns.
+struct RegionMixupArgs {
+  Dtype dtype;
+  bool channels_last;
+  int64_t N, C, H, W;
+  const void *x_v, *x_i;                            // the backward reads them for ratio_grad alone
+  const void* ratio;                                // [N, rows, columns], float64 for float64 images, else float32
+  int64_t rows, columns;                            // regions
+  const int64_t *region_of_row, *region_of_column;  // [H], [W], not decreasing; t = 0 at the last region
+  const double *step_of_row, *step_of_column;       // [H], [W]
+  void* mixed;                                      // x_m of the forward
+  const void* grad;                                 // g
+  void *x_v_grad, *x_i_grad;                        // both or null
+  void* ratio_grad;                                 // as ratio, or null
+};
+
+// Features F [N, C, S] pooled by maps H [N, K, S]: pooled_kc = sum_s F_cs H_ks / D_k, D_k = sum_s H_ks + eps, and with
+// grad G = dL/dpooled the gradients dF = sum_k (G_kc / D_k) H_k and dH_k = P_k - sum_s(H_ks P_ks) / D_k where
+// P_k = sum_c (G_kc / D_k) F_c. With `groups` channel c has one map, that of its group: K groups of C / K channels (C
+// is at least K), the last takes the rest.
+struct PosePoolArgs {
+  Dtype dtype;
+  bool channels_last;  // F and dF are [N, S, C]
+  bool groups;
+  int64_t N, C, S, K;
+  double eps;
+  const void* features;  // F of dtype
+  const void* maps;      // H, float64 for float64 features, else float32
+  void* pooled;          // [N, K, C], or [N, C] with groups, of dtype
+  const void* grad;      // the same
+  void* features_grad;   // or null
+  void* partial;         // [N, pose_pool_blocks, K, or 1 with groups, S] as maps: P of every block, or null
+  void* maps_grad;       // [N, K, S] as maps
+};
+constexpr int64_t kPosePoolChannels = 256;  // of a block at most
+static inline int64_t pose_pool_blocks(const PosePoolArgs& args) {
+  const int64_t maps = args.groups ? args.K : 1;
+  const int64_t largest = args.C - (maps - 1) * (args.C / maps);
+  return maps * ((largest + kPosePoolChannels - 1) / kPosePoolChannels);
+}
+
+// Samples of the closed-form discriminator, see csrc/cpu/closed_form_discriminator.cpp; work is counted in blocks.
+constexpr int64_t kDiscriminatorBlock = 16384;
+struct DiscriminatorArgs {
+  Dtype dtype;          // float32 or float64
+  const void* penalty;  // [N] l
+  int64_t N;
+  double eta;
+  bool jensen_shannon;           // else KL
+  void* tilt;                    // [N] scratch, v
+  double* partial;               // [blocks, 2]
+  void *discriminator, *weight;  // [N] D, w, written
+};
+
+// Latent codes z [B, L, d] on their way along the bases [L, R, d], see csrc/cpu/projected_step.cpp.
+struct ProjectedStepArgs {
+  Dtype dtype;  // float32 or float64, of all values
+  int64_t B, L, R, d;
+  const void *z, *gradient, *origin;  // [B, L, d]; origin null: rho is 0
+  const void* basis;                  // [L, R, d]
+  const void* step;                   // [B] a
+  double rho;
+  void *moved, *direction;  // [B, L, d] z', p, written
+  void* squared_norm;       // [B, L] |p|^2, written
+};
+
 // One table per instruction-set level.
 struct Kernels {
   const char* level;
@@ -345,6 +447,30 @@ struct Kernels {
   void (*norm_input_grad)(const NormArgs& args, int64_t begin, int64_t end);  // scale dy' + shift + slope (x - mean)
   void (*domain_norm_forward)(const DomainNormArgs& args, NormStage stage, int64_t begin, int64_t end);
   void (*domain_norm_backward)(const DomainNormArgs& args, NormStage stage, int64_t begin, int64_t end);
+  // Rows [begin, end).
+  void (*distillation_kl)(const DistillationArgs& args, int64_t begin, int64_t end);
+  // Order: see QueueContrastPlan.
+  QueueContrastPlan (*queue_contrast_plan)(const QueueContrastArgs& args);
+  void (*queue_contrast_accumulate)(const QueueContrastArgs& args, int64_t begin, int64_t end, void* workspace);
+  void (*queue_contrast_merge)(const QueueContrastArgs& args, int64_t begin, int64_t end);
+  // Rows h + H n of images forward, images backward; with so many bytes of a task, aligned to 64.
+  int64_t (*region_mixup_room)(const RegionMixupArgs& args);
+  void (*region_mixup)(const RegionMixupArgs& args, int64_t begin, int64_t end, void* workspace);
+  void (*region_mixup_backward)(const RegionMixupArgs& args, int64_t begin, int64_t end, void* workspace);
+  // Task b + blocks n is block b of channels of sample n; then, for maps_grad, one a sample.
+  int64_t (*pose_pool_room)(const PosePoolArgs& args);
+  void (*pose_pool)(const PosePoolArgs& args, int64_t begin, int64_t end, void* workspace);
+  void (*pose_pool_backward)(const PosePoolArgs& args, int64_t begin, int64_t end, void* workspace);
+  void (*pose_pool_maps_grad)(const PosePoolArgs& args, int64_t begin, int64_t end);
+  // Blocks [begin, end): least penalty, or NaN -> partial[2 b]; tilt and the sum of y -> partial[2 b]; sums of
+  // 1 / (r + e) and of its square -> partial[2 b], [2 b + 1]; D and w from r, the root (JS) or the mean of y (KL).
+  void (*discriminator_minimum)(const DiscriminatorArgs& args, int64_t begin, int64_t end);
+  void (*discriminator_tilt)(const DiscriminatorArgs& args, double lowest, int64_t begin, int64_t end);
+  void (*discriminator_sums)(const DiscriminatorArgs& args, double r, int64_t begin, int64_t end);
+  void (*discriminator_finish)(const DiscriminatorArgs& args, double r, int64_t begin, int64_t end);
+  // Codes [begin, end) of B L, with so many bytes of a task, aligned to 64.
+  int64_t (*projected_step_room)(const ProjectedStepArgs& args);
+  void (*projected_step)(const ProjectedStepArgs& args, int64_t begin, int64_t end, void* workspace);
 };
 
 // Runs all stages; parallel(count, f) must call f(begin, end) over [0, count) and return when all are done.

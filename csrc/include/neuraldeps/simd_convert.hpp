@@ -5,6 +5,8 @@
 //   load_part_as<T>(p, n)    the first n <= W of them, then zeros; memory beyond is not touched
 //   first_as<T>(p)           the value at p
 //   store_as(p, v), store_part_as(p, v, n)    the same back, rounded to nearest even
+//   take<T>(p, n), put(p, v, n)               either of the two, by whether n is W
+//   by_dtype(dtype, f)       f<In>() for the type In of values of dtype
 //   add_to(sums, v)          sums[0 : W] += v in float64
 //
 // Internal linkage throughout, see simd.hpp.
@@ -12,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "neuraldeps/cpu_api.h"
 #include "neuraldeps/simd.hpp"
 
 namespace nd::cpu::ND_CPU_LEVEL {
@@ -128,6 +131,29 @@ ND_INLINE void store_part_as(In* p, typename Vec<Wide<In>>::t v, int64_t count) 
   In part[Vec<Wide<In>>::W];
   store_as(part, v);
   std::memcpy(p, part, static_cast<size_t>(count) * sizeof(In));
+}
+
+template <class T, class In>
+ND_INLINE typename Vec<T>::t take(const In* p, int64_t count) {
+  return count == Vec<T>::W ? load_as<T>(p) : load_part_as<T>(p, count);
+}
+template <class In>
+ND_INLINE void put(In* p, typename Vec<Wide<In>>::t v, int64_t count) {
+  count == Vec<Wide<In>>::W ? store_as(p, v) : store_part_as(p, v, count);
+}
+
+template <class F>
+ND_INLINE auto by_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f.template operator()<float>();
+    case Dtype::kFloat64:
+      return f.template operator()<double>();
+    case Dtype::kBfloat16:
+      return f.template operator()<Bfloat16>();
+    default:
+      return f.template operator()<Float16>();
+  }
 }
 
 typedef double Float64s __attribute__((vector_size(ND_VECTOR_BYTES), aligned(8), may_alias));

@@ -3,11 +3,9 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "neuraldeps/cpu_api.h"
+#include "neuraldeps/memory.hpp"
 
 namespace nd::cpu {
 
@@ -43,9 +41,7 @@ void run_spectrum(const SpectrumArgs& args, int64_t threads, const Parallel& par
   const int64_t work = group * k * k * (long_side(args) + k);
   const int64_t grain = std::max<int64_t>(1, kSerialWork / std::max<int64_t>(work, 1));
   parallel(tasks, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, decltype(&std::free)> workspace(
-        std::aligned_alloc(64, static_cast<size_t>((plan.workspace_bytes + 63) / 64 * 64)), &std::free);
-    if (!workspace) throw std::bad_alloc();
+    const Memory workspace = allocate(plan.workspace_bytes);
     table.spectrum(args, begin * group, std::min(end * group, args.batch), workspace.get());
   });
 }
