@@ -5,8 +5,8 @@
 - `_native`                      the same CPU kernels for NumPy and CuPy arrays, by pybind11: no torch
 
 Environment: NEURALDEPS_CUDA=1|0|auto, NEURALDEPS_CUDA_ARCH_LIST (else TORCH_CUDA_ARCH_LIST), CUDA_HOME, CUDA_PATH,
-CXX, MAX_JOBS, NEURALDEPS_CXXFLAGS, NEURALDEPS_LINEINFO. Objects stay in build/objects and are compiled again when their
-command line, their compiler or a file that they include changes.
+CXX, MAX_JOBS, NEURALDEPS_CXXFLAGS, NEURALDEPS_LINEINFO, NEURALDEPS_NATIVE=1|0. Objects stay in build/objects and are
+compiled again when their command line, their compiler or a file that they include changes.
 """
 
 from __future__ import annotations
@@ -65,6 +65,14 @@ def num_jobs() -> int:
     if not text.isdigit() or int(text) == 0:
         raise fail(f"MAX_JOBS={text!r}: expected a positive number")
     return int(text)
+
+
+def native_wanted() -> bool:
+    """Whether `_native` is built; where pybind11 is not at hand, torch's operators can be built without it."""
+    asked = os.environ.get("NEURALDEPS_NATIVE", "1")
+    if asked not in ("0", "1"):
+        raise fail(f"NEURALDEPS_NATIVE={asked!r}: expected 1 (built) or 0 (left out)")
+    return asked == "1"
 
 
 def find_nvcc() -> str | None:
@@ -227,7 +235,7 @@ class Binaries:
     def __init__(self) -> None:
         self.torch = checked_torch()
         self.torch_root = Path(self.torch.__file__).parent
-        self.pybind11 = build_requirement("pybind11")
+        self.pybind11 = build_requirement("pybind11") if native_wanted() else None
         self.nvcc, self.no_cuda_reason = usable_nvcc()
         self.toolkit = toolkit_of(self.nvcc) if self.nvcc else None
         self.cxx = shlex.split(os.environ.get("CXX", "g++"))
@@ -252,7 +260,7 @@ class Binaries:
         return {
             "compiler": self.compiler,
             "torch": self.torch.__version__,
-            "pybind11": self.pybind11.__version__,
+            "pybind11": self.pybind11 and self.pybind11.__version__,
             "cuda": ".".join(map(str, nvcc_version(self.nvcc))) if self.nvcc else None,
             "cuda_architectures": architectures()[1] if self.nvcc else None,
             "no_cuda_reason": self.no_cuda_reason,
@@ -286,10 +294,10 @@ class Binaries:
             steps.append(compile_step(self.cxx, [*flags, *facts], source, "torch", made_by))
         return steps
 
-    def native(self) -> list[Step]:
-        headers = (self.pybind11.get_include(), sysconfig.get_paths()["include"])
+    def native(self, pybind11: ModuleType) -> list[Step]:
+        headers = (pybind11.get_include(), sysconfig.get_paths()["include"])
         flags = [*self.cxx_flags, *(flag for folder in headers for flag in ("-isystem", folder))]
-        made_by = f"{self.compiler}, pybind11 {self.pybind11.__version__}, Python {sys.version}"
+        made_by = f"{self.compiler}, pybind11 {pybind11.__version__}, Python {sys.version}"
         sources = sorted((ROOT / "python_bindings").glob("*.cpp"))
         return [compile_step(self.cxx, flags, source, "native", made_by) for source in sources]
 
@@ -320,11 +328,10 @@ class Binaries:
         cpu = self.cpu()
         system = ["-Wl,--no-undefined", "-ldl", "-lrt", "-lpthread"]
         torch_flags = [f"-L{self.torch_root}/lib", "-ltorch_cpu", "-lc10"]
-        plan = {
-            OPS_LIBRARY: ([*cpu, *self.ops()], [*self.user_flags, *torch_flags, *system]),
+        plan = {OPS_LIBRARY: ([*cpu, *self.ops()], [*self.user_flags, *torch_flags, *system])}
+        if self.pybind11:
             # A Python module takes the symbols of Python from the interpreter that loads it.
-            NATIVE_MODULE: ([*cpu, *self.native()], [*self.user_flags, "-ldl"]),
-        }
+            plan[NATIVE_MODULE] = ([*cpu, *self.native(self.pybind11)], [*self.user_flags, "-ldl"])
         if self.nvcc:
             runtime = [str(self.static_cuda_runtime()), "-Wl,--exclude-libs,ALL", "-s"]
             plan = {CUDA_LIBRARY: (self.cuda(self.nvcc), [*runtime, *system]), **plan}
@@ -375,7 +382,7 @@ class BuildBinaries(build_ext):
 
 
 def extensions() -> list[Extension]:
-    names = [OPS_LIBRARY, NATIVE_MODULE]
+    names = [OPS_LIBRARY, *([NATIVE_MODULE] if native_wanted() else [])]
     if {"sdist", "egg_info", "dist_info"}.isdisjoint(sys.argv) and usable_nvcc()[0]:
         names.append(CUDA_LIBRARY)
     return [Extension(name, []) for name in names]

@@ -2,9 +2,10 @@
 
 Distances are those of clustered features: identities around centres, a bias of each camera, 30 % distractors. Errors
 are absolute, of the mAP against a stable float64 sort (the PyTorch reference). The peers sort every row and sum in
-float32, but for "loop", the algorithm as it is published with them, in NumPy. Peers come from PyPI, unmodified: `pip
-install --no-deps fastreid pyppbox-torchreid torchmetrics lightning-utilities pytorch-metric-learning cython`; of
-fast-reid and torchreid the Cython evaluators are loaded alone, as their packages need much else.
+float32, but for "loop", the algorithm as it is published with them, in NumPy. Peers come from PyPI, unmodified:
+torchmetrics, pytorch-metric-learning and Cython by the extra `bench`, fast-reid and torchreid by `pip install --no-deps
+fastreid pyppbox-torchreid`. Of the last two the Cython evaluators are loaded alone: their packages pin old versions or
+bring another torch.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 import neuraldeps_kernels as nk
+from benchmarks.bench_retrieval import clustered, dense_gnn
 from benchmarks.harness import (
     Budget,
     Case,
@@ -51,6 +52,9 @@ from neuraldeps_kernels.data.logits import load_imagenet_covariance
 from neuraldeps_kernels.data.synthetic_logits import clustered_logits
 from neuraldeps_kernels.reference import covariance as covariance_reference
 from neuraldeps_kernels.reference import covlasso as reference
+from neuraldeps_kernels.reference import gnn_rerank as gnn_reference
+from neuraldeps_kernels.reference import retrieval as reranking_reference
+from neuraldeps_kernels.reference import retrieval_metrics as metrics_reference
 
 MAX_PIVOTS = 30_000
 LIMIT = 1.001e-6  # of the violation: the tolerance asked for, and rounding where it is computed again
@@ -63,6 +67,18 @@ FOURIER_SHAPES = (  # [B, H, W, C] of GFNet, AFNO and FAMLP stages
     *((128, 14, 14, 384), (128, 7, 7, 512), (64, 16, 16, 256), (64, 28, 28, 128), (64, 32, 32, 128)),
     *((64, 56, 56, 64), (16, 64, 64, 64), (64, 15, 20, 256), (16, 96, 96, 64)),
 )
+NEIGHBOR_ROWS = {"Market": 19_281, "MSMT17": 93_820}  # of 2048 values, each among all
+NEIGHBORS = 21  # of the default lists of re-ranking
+NEIGHBORS_CHECKED = 64  # rows whose lists are compared with float64
+NEIGHBORS_WRONG = 1e-3  # share of their positions that peers may have in another order; float32 decides some near ties
+# Queries, gallery, rows wanted of each query (None: all), microseconds allowed (GOALS.md); 2048 values a row.
+RERANKED = {
+    "Market": (3368, 15_913, None, 8_000.0),
+    "MSMT17 top-100": (11_659, 82_161, 100, 100_000.0),
+    "440k top-100": (44_000, 396_000, 100, 1_200_000.0),
+}
+RERANKED_CHECKED = 8  # queries whose results are compared with float64
+RERANKED_LIMIT = 1e-5
 MM = "torch.mm, not centred"
 GRAPH = ", graph"  # ends the name of a contender that is replayed
 
@@ -132,6 +148,22 @@ def recipes(card: Card, budget: Budget) -> Iterator[Recipe]:
         name = f"fourier_filter {'x'.join(map(str, shape))} {short(dtype)}{' with backward' * backward}"
         return Recipe(name, lambda: fourier_case(name, card, shape, dtype, backward))
 
+    def neighbors(size: str) -> Recipe:
+        name = f"retrieval knn {size}"
+        return Recipe(name, lambda: knn_case(name, card, NEIGHBOR_ROWS[size]))
+
+    def rerank(size: str) -> Recipe:
+        name = f"rerank {size}"
+        return Recipe(name, lambda: rerank_case(name, card, size))
+
+    def metrics(size: str) -> Recipe:
+        name = f"retrieval_metrics {size.split()[0]}"
+        return Recipe(name, lambda: metrics_case(name, card, size))
+
+    def fused_step(fused: Fused) -> Recipe:
+        name = f"{fused.name} forward and backward"
+        return Recipe(name, lambda: fused_case(name, card, fused))
+
     yield solve("lite0 ratio 0.2", lite0, 0.2, 0, Goals(None, 50))
     yield solve("synthetic k 10", synthetic, None, 10, Goals(100, 50))
     yield solve("synthetic k 25", synthetic, None, 25, Goals(250, 50))
@@ -159,6 +191,15 @@ def recipes(card: Card, budget: Budget) -> Iterator[Recipe]:
             yield fourier(shape, torch.float32, backward)
             if shape[1] in FOURIER_GRIDS:
                 yield fourier(shape, torch.bfloat16, backward)
+    for fused in FUSED:
+        yield fused_step(fused)
+    for size in NEIGHBOR_ROWS:
+        yield neighbors(size)
+    for size in RERANKED:
+        yield rerank(size)
+    yield Recipe("gnn Market", lambda: gnn_case("gnn Market", card))
+    for size in ("Market", "MSMT17 top-100"):
+        yield metrics(size)
 
 
 # ------------------------------------------------------------------------------------------------ inputs
@@ -866,12 +907,351 @@ def fourier_case(name: str, card: Card, shape: tuple[int, ...], dtype: torch.dty
     )
 
 
+# ------------------------------------------------------------------------------------------------ neighbours
+
+
+def knn_case(name: str, card: Card, rows: int) -> Case:
+    """The 21 nearest of every row among all rows, around identities with offsets of cameras. The floor: half of all
+    products, N^2 D flops, at the rate of bfloat16."""
+    N, D = card.size(rows, 200), card.size(2048, 24)
+    x = clustered(N, D, N // 20, seed()).to(card.device)
+    chosen = torch.randperm(N, generator=torch.Generator().manual_seed(seed()))[:NEIGHBORS_CHECKED].to(card.device)
+    base = x.double()
+    exact = torch.stack([(base[i] - base).square().sum(1).sort(stable=True).indices[:NEIGHBORS] for i in chosen])
+    del base
+
+    def blocks(distances: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([distances(own).topk(NEIGHBORS, largest=False).indices for own in x.split(4096)])
+
+    def products(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        other, squares = x.to(dtype), x.square().sum(1)
+        return lambda own: squares - 2 * (own.to(dtype) @ other.T)
+
+    def contender(label: str, run: Callable[[], Tensor], limit: float, note: str = "") -> Contender:
+        return Contender(label, run, 1, lambda found: float((found[chosen] != exact).double().mean()), limit, note=note)
+
+    def operator() -> Tensor:
+        return torch.ops.neuraldeps.neighbors(x, None, NEIGHBORS, "sqeuclidean", True)[1]
+
+    ours = contender("ours operator", operator, 0.0)
+    peers = [
+        contender("torch.mm and topk", lambda: blocks(products(torch.float32)), NEIGHBORS_WRONG),
+        contender("torch.cdist and topk", lambda: blocks(lambda own: torch.cdist(own, x)), NEIGHBORS_WRONG),
+        contender("torch.mm of bfloat16 and topk", lambda: blocks(products(torch.bfloat16)), math.inf, "inexact"),
+    ]
+    return Case(
+        name,
+        {"N": N, "D": D, "k": NEIGHBORS, "dtype": "float32", "seed": seed()},
+        ours=ours,
+        variants=[contender("ours nk.knn", lambda: nk.knn(x, NEIGHBORS)[1], 0.0, "waits for one number")],
+        peers=[graph_of(ours, card), *map(available, peers)],
+        threads=0,
+        device=card.device,
+        bytes=float(x.nbytes + N * NEIGHBORS * 16),
+        flops=float(N) ** 2 * D,
+        rates=Rates(card.rates.memory, card.rates.gemm["bfloat16"]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ re-ranking
+
+
+def reranked_features(card: Card, size: str) -> tuple[Tensor, Tensor]:
+    """Queries and gallery."""
+    nq, ng = (card.size(rows, tiny) for rows, tiny in zip(RERANKED[size][:2], (20, 180), strict=True))
+    x = clustered(nq + ng, card.size(2048, 24), nq // 4, seed()).to(card.device)
+    return x[:nq], x[nq:]
+
+
+def rerank_case(name: str, card: Card, size: str) -> Case:
+    """Features to re-ranked distances, and the part after the neighbour lists alone. The floor is that of the lists."""
+    query, gallery = reranked_features(card, size)
+    (nq, D), N, top_k, goal = query.shape, len(query) + len(gallery), *RERANKED[size][2:]
+    longer = min(3 * (top_k or 0), N)
+    lists = torch.ops.neuraldeps.neighbor_lists(query, gallery, NEIGHBORS, longer, top_k is None, True)
+    rows = torch.randperm(nq, generator=torch.Generator().manual_seed(seed()))[:RERANKED_CHECKED].to(card.device)
+    exact = exact_reranked(query, gallery, lists[:3], rows)  # [rows, ng]
+
+    def error(result: Tensor | tuple[Tensor, ...]) -> float:
+        if isinstance(result, Tensor):
+            return float((result[rows] - exact).abs().max())
+        return float((result[0][rows] - exact.sort(1).values[:, :top_k]).abs().max())
+
+    def after_lists() -> Tensor | tuple[Tensor, ...]:
+        key, index, largest, query_key, query_index, dense = lists
+        options = (NEIGHBORS, NEIGHBORS // 2 + 1, 6, True, 2)
+        csr = torch.ops.neuraldeps.reciprocal_encoding(index, key, largest, query, gallery, *options)
+        if top_k is None:
+            mixed = dense.clone()
+            torch.ops.neuraldeps.jaccard_rerank(*csr, largest, mixed, 0.3, True, 2)
+            return mixed
+        found = (query_index, query_key, largest, query, gallery, top_k, 0.3, True, 2)
+        return torch.ops.neuraldeps.jaccard_rerank_top_k(*csr, *found)
+
+    def ours() -> Tensor | tuple[Tensor, ...]:
+        return nk.k_reciprocal_rerank(query, gallery, top_k=top_k)
+
+    sparse = Contender("ours after the lists", after_lists, 1, error, RERANKED_LIMIT, note="operators alone")
+    peer = Contender("dense PyTorch", lambda: dense_rerank(query, gallery), 1, error, math.inf, 10, "N x N matrices")
+    fits = size == "Market" or card.tiny
+    return Case(
+        name,
+        {"nq": nq, "ng": len(gallery), "D": D, "top_k": top_k, "dtype": "float32", "seed": seed()},
+        ours=Contender("ours nk.k_reciprocal_rerank", ours, 1, error, RERANKED_LIMIT, goal, "waits for one number"),
+        variants=[sparse],
+        peers=[
+            graph_of(sparse, card),
+            available(peer) if fits else Missing(peer.name, "its N x N matrices do not fit"),
+        ],
+        threads=0,
+        device=card.device,
+        bytes=float(4 * N * D + (8 * N * NEIGHBORS + 4 * nq * len(gallery) * (top_k is None))),
+        flops=float(N) ** 2 * D,
+        rates=Rates(card.rates.memory, card.rates.gemm["bfloat16"]),
+        rounds=5 if fits else 2,
+    )
+
+
+def exact_reranked(query: Tensor, gallery: Tensor, lists: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+    """[rows, ng] float64 by the definition, from exact lists of all rows."""
+    key, index, largest = lists
+    options = (NEIGHBORS, NEIGHBORS // 2 + 1, 6, True, 2)
+    crow, col, value = reranking_reference.reciprocal_encoding(index, key, largest, query, gallery, *options)
+    own = torch.repeat_interleave(torch.arange(len(index), device=col.device), crow.diff())
+    result = torch.empty(len(rows), len(gallery), dtype=torch.float64, device=col.device)
+    for place, i in enumerate(rows.tolist()):
+        row = torch.zeros(len(index), dtype=torch.float64, device=col.device)
+        mine = slice(int(crow[i]), int(crow[i + 1]))
+        row[col[mine].long()] = value[mine].double()
+        s = torch.zeros_like(row).index_add_(0, own, torch.minimum(row[col.long()], value.double()))[len(query) :]
+        d = torch.cat([(query[i].double() - part.double()).square().sum(1) for part in gallery.split(8192)])
+        result[place] = 0.7 * (1 - s / (2 - s)).clamp_min(0) + 0.3 * d / largest[i]
+    return result
+
+
+def dense_rerank(query: Tensor, gallery: Tensor, k1: int = 20, k2: int = 6, lambda_value: float = 0.3) -> Tensor:
+    """k-reciprocal re-ranking with matrices of all rows with all; sets are masks, their sizes products of masks."""
+    nq, x = len(query), torch.cat([query, gallery])
+    squares = x.square().sum(1)
+    d = torch.addmm(squares, x, x.T, alpha=-2).add_(squares[:, None]).clamp_min_(0).fill_diagonal_(0)
+    d /= d.amax(1, keepdim=True)
+    order = d.topk(k1 + 1, largest=False).indices
+
+    def reciprocal(k: int) -> Tensor:
+        near = torch.zeros_like(d, dtype=torch.bool).scatter_(1, order[:, : k + 1], True)
+        return near & near.T
+
+    own, half = reciprocal(k1), reciprocal(round(k1 / 2)).half()
+    taken = own & (3 * (own.half() @ half.T) > 2 * half.sum(1))
+    v = torch.where(own | (taken.half() @ half > 0), torch.exp(-d), 0.0)
+    del own, half, taken
+    v /= v.sum(1, keepdim=True)
+    v = torch.stack([v[order[:, a]] for a in range(k2)]).mean(0) if len(v) < 4096 else _mean_of(v, order[:, :k2])
+    result = torch.empty(nq, len(gallery), device=x.device)
+    for i in range(nq):
+        columns = v[i].nonzero()[:, 0]
+        s = torch.minimum(v[i, columns], v[nq:, columns]).sum(1)
+        result[i] = (1 - lambda_value) * (1 - s / (2 - s)) + lambda_value * d[i, nq:]
+    return result
+
+
+def _mean_of(v: Tensor, order: Tensor) -> Tensor:
+    """Means of rows order [N, k] of v, one summand at a time."""
+    total = v[order[:, 0]]
+    for a in range(1, order.shape[1]):
+        total += v[order[:, a]]
+    return total / order.shape[1]
+
+
+def gnn_case(name: str, card: Card) -> Case:
+    """Features to scores by the graph of neighbours."""
+    query, gallery = reranked_features(card, "Market")
+    exact = dense_gnn(query, gallery, dtype=torch.float64)
+
+    def contender(label: str, run: Callable[[], Tensor], limit: float, goal: float | None = None) -> Contender:
+        return Contender(label, run, 1, lambda found: float((found - exact).abs().max()), limit, goal)
+
+    return Case(
+        name,
+        {"nq": len(query), "ng": len(gallery), "D": query.shape[1], "dtype": "float32", "seed": seed()},
+        ours=contender("ours nk.gnn_rerank", lambda: nk.gnn_rerank(query, gallery), RERANKED_LIMIT),
+        peers=[available(contender("dense PyTorch", lambda: dense_gnn(query, gallery), math.inf, 10))],
+        threads=0,
+        device=card.device,
+        bytes=float(query.nbytes + gallery.nbytes + 4 * len(query) * len(gallery)),
+        flops=float(len(query) + len(gallery)) ** 2 * query.shape[1],
+        rates=Rates(card.rates.memory, card.rates.gemm["bfloat16"]),
+        rounds=5,
+    )
+
+
+def metrics_case(name: str, card: Card, size: str) -> Case:
+    """AP, INP and first rank of all queries from distances; the floor is one read of them. Peers sort."""
+    nq, ng = (card.size(rows, tiny) for rows, tiny in zip(RERANKED[size][:2], (20, 180), strict=True))
+    generator = torch.Generator(card.device).manual_seed(seed())
+
+    def drawn(most: int, count: int) -> Tensor:
+        return torch.randint(most, (count,), generator=generator, device=card.device)
+
+    query_id, gallery_id = drawn(max(2, nq // 4), nq), drawn(max(2, nq // 4), ng)
+    distance = torch.rand(nq, ng, generator=generator, device=card.device)
+    distance -= 0.4 * (query_id[:, None] == gallery_id)  # positives are near
+    by_identity = gallery_id.sort(stable=True)
+    begin, end = (torch.searchsorted(by_identity.values, query_id, right=right) for right in (False, True))
+    rules = (by_identity.indices, begin, end, drawn(6, nq), drawn(6, ng), None, None, None)
+
+    def ours() -> tuple[Tensor, ...]:
+        return torch.ops.neuraldeps.retrieval_metrics(distance, *rules, "standard")
+
+    def sorting() -> tuple[Tensor, ...]:
+        return metrics_reference.retrieval_metrics(distance, *rules, "standard")
+
+    exact = sorting()[0]
+
+    def error(found: tuple[Tensor, ...]) -> float:
+        return float((found[0] - exact).nan_to_num().abs().max())
+
+    operator = Contender("ours operator", ours, 1, error, 1e-12)
+    return Case(
+        name,
+        {"nq": nq, "ng": ng, "dtype": "float32", "seed": seed()},
+        ours=operator,
+        peers=[
+            graph_of(operator, card),
+            available(Contender("PyTorch, rows sorted", sorting, 1, error, 1e-12)),
+            available(Contender("torch.argsort alone", lambda: distance.argsort(1))),
+        ],
+        threads=0,
+        device=card.device,
+        bytes=float(distance.nbytes),
+        rates=Rates(card.rates.memory, card.rates.gemm["float32"]),
+        rounds=5,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ fused steps
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A fused function with the plain PyTorch that says the same; the gradient is that of the first input."""
+
+    name: str
+    inputs: Callable[..., tuple[Tensor, ...]]  # of a generator and a size, tiny or not
+    ours: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    passes: float  # over the largest input, forward and backward
+    products: Callable[..., float] | None = None  # flops, of the inputs
+
+    def step(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+        """The result and the gradient of the first input."""
+        first = inputs[0].detach().requires_grad_()
+        y = function(first, *inputs[1:])
+        return y.detach(), *torch.autograd.grad(y, first, grad)
+
+
+def _mixed_inputs(chance: torch.Generator, tiny: bool) -> tuple[Tensor, ...]:
+    """Pairs of pictures and ratios of six stripes."""
+    shape = (3, 3, 24, 10) if tiny else (32, 3, 288, 144)
+    visible, infrared = (torch.randn(shape, generator=chance) for _ in range(2))
+    return visible, infrared, torch.rand(shape[0], 6, generator=chance)
+
+
+def _mixed(visible: Tensor, infrared: Tensor, ratio: Tensor) -> Tensor:
+    lam = ratio.repeat_interleave(visible.shape[2] // ratio.shape[1], 1)[:, None, :, None].to(visible.dtype)
+    return lam * visible + (1 - lam) * infrared
+
+
+def _pooled_inputs(chance: torch.Generator, tiny: bool) -> tuple[Tensor, ...]:
+    """Features and heat maps of 17 joints."""
+    N, C, h, w = (3, 20, 5, 4) if tiny else (64, 2048, 16, 8)
+    return torch.randn(N, C, h, w, generator=chance), torch.rand(N, 17, h, w, generator=chance)
+
+
+def _pooled(features: Tensor, maps: Tensor) -> Tensor:
+    maps = maps.to(features.dtype)
+    return torch.einsum("nchw,nkhw->nkc", features, maps) / (maps.sum((2, 3)) + 1e-6)[..., None]
+
+
+def _logits_inputs(chance: torch.Generator, tiny: bool) -> tuple[Tensor, ...]:
+    """Student and teacher over the identities of many data sets."""
+    shape = (5, 77) if tiny else (64, 31_423)
+    student, teacher = (4 * torch.randn(shape, generator=chance) for _ in range(2))
+    return student, teacher
+
+
+def _distilled(student: Tensor, teacher: Tensor) -> Tensor:
+    log_student, teacher = (torch.log_softmax(x / 4, 1) for x in (student, teacher.to(student.dtype)))
+    return 16 * torch.nn.functional.kl_div(log_student, teacher, reduction="batchmean", log_target=True)
+
+
+def _queue_inputs(chance: torch.Generator, tiny: bool) -> tuple[Tensor, ...]:
+    """Queries, keys, the queue, originals: unit rows."""
+    N, K, d = (5, 70, 12) if tiny else (320, 65_536, 128)
+    rows = (torch.randn(count, d, generator=chance) for count in (N, N, K, N))
+    return tuple(torch.nn.functional.normalize(x) for x in rows)
+
+
+def _contrast(q: Tensor, k: Tensor, queue: Tensor, original: Tensor) -> Tensor:
+    return torch.stack(nk.queue_contrast(q, k, queue, original=original))
+
+
+def _plain_contrast(q: Tensor, k: Tensor, queue: Tensor, original: Tensor) -> Tensor:
+    k, queue, original = (x.to(q.dtype) for x in (k, queue, original))
+    negative = q @ queue.T / 0.1
+    logits = torch.cat([(q * k).sum(1, keepdim=True) / 0.1, negative], 1)
+    contrast = torch.nn.functional.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+    target = torch.softmax(original @ queue.T / 0.07, 1)
+    consistency = torch.nn.functional.kl_div(torch.log_softmax(negative, 1), target, reduction="batchmean")
+    return torch.stack([contrast, consistency])
+
+
+FUSED = (
+    Fused("region_mixup", _mixed_inputs, lambda *x: nk.region_mixup(*x), _mixed, 5.0),
+    Fused("distillation_kl", _logits_inputs, lambda a, b: nk.distillation_kl(a, b, 4.0), _distilled, 5.0),
+    Fused(
+        "queue_contrast", _queue_inputs, _contrast, _plain_contrast, 2.0, lambda q, k, Q, o: 6.0 * len(q) * Q.numel()
+    ),
+    Fused("pose_weighted_pool", _pooled_inputs, lambda *x: nk.pose_weighted_pool(*x), _pooled, 2.0),
+)
+
+
+def fused_case(name: str, card: Card, fused: Fused) -> Case:
+    """Forward and backward against the same in PyTorch, eager and compiled."""
+    inputs = tuple(x.to(card.device) for x in fused.inputs(torch.Generator().manual_seed(seed()), card.tiny))
+    wide = tuple(x.double() for x in inputs)
+    grad = torch.ones_like(fused.plain(*wide))
+    exact = fused.step(fused.plain, wide, grad)
+
+    def error(result: tuple[Tensor, ...]) -> float:
+        return max(relative_error(a, b.cpu()) for a, b in zip(result, exact, strict=True))
+
+    def contender(name: str, function: Callable[..., Tensor], goal: float | None = None) -> Contender:
+        return Contender(name, lambda: fused.step(function, inputs, grad.float()), error=error, limit=1e-4, goal=goal)
+
+    torch.compiler.reset()
+    compiled = torch.compile(fused.plain, backend="eager" if card.tiny else "inductor")
+    ours = contender(f"ours nk.{fused.name}", fused.ours)
+    peers = [contender("plain PyTorch", fused.plain, 2), contender("torch.compile of it", compiled, 2)]
+    return Case(
+        name,
+        {"shapes": [list(x.shape) for x in inputs], "dtype": "float32", "seed": seed()},
+        ours=ours,
+        peers=[graph_of(ours, card), *map(available, peers)],
+        threads=0,
+        device=card.device,
+        bytes=fused.passes * max(x.nbytes for x in inputs),
+        flops=fused.products(*inputs) if fused.products else 0.0,
+        rates=Rates(card.rates.memory, card.rates.gemm["float32"]),
+    )
+
+
 # ------------------------------------------------------------------------------------------------ small calls
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A small call of one operator: results of static shape, without waiting for the device."""
+    """A small call of one operator: results of static shape, without waiting for the device unless `waits`."""
 
     name: str
     inputs: Callable[[torch.Generator], tuple[Tensor, ...]]  # on the CPU
@@ -879,6 +1259,8 @@ class Operation:
     oracle: Callable[..., Tensor]  # of the inputs on the CPU, float64, sharing no code with `run`
     tolerance: float  # of the largest magnitude of the oracle's result
     gradient: bool = False  # of the sum of squares of the result in the first input, against `run` in float64
+    waits: bool = False  # the host reads a size: neither a CUDA graph nor one graph of torch.compile
+    compiles: bool = True  # by torch.compile in one graph; what has sizes of its own on the CPU does not
 
     def error(self, result: Tensor, inputs: tuple[Tensor, ...]) -> float:
         """Largest difference from the oracle over its largest magnitude; NaN counts as infinite."""
@@ -1045,6 +1427,23 @@ def _projected_oracle(a: Tensor) -> Tensor:
     return (u[..., :5] * s[..., None, :5]) @ vh[..., :5, :]
 
 
+def _values_gradient(a: Tensor) -> Tensor:
+    """Of the sum of the values, by the operator that transforms of functions take."""
+    grad = torch.ones(len(a), min(a.shape[1:]), dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
+    return torch.ops.neuraldeps.svdvals_backward(grad, a)
+
+
+def _values_gradient_oracle(a: Tensor) -> Tensor:
+    u, _, vh = torch.linalg.svd(a.double(), full_matrices=False)
+    return u @ vh
+
+
+def _gram_of_basis(a: Tensor) -> Tensor:
+    """V S^2 V' of tall a."""
+    values, basis = torch.ops.neuraldeps.singular_basis(a)
+    return (basis.mT * values[:, None].square()) @ basis
+
+
 NORM_DOMAINS = 4  # of the small calls; ids name the first three
 
 
@@ -1200,6 +1599,131 @@ def _fourier_operations() -> Iterator[Operation]:
             yield Operation(f"fourier_filter2d weight gradient {name}", make, run, oracle, 4e-6)
 
 
+def _feature_rows(dtype: torch.dtype) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+    """Inputs (x [70, D], y [90, D]), some of x twice."""
+
+    def make(chance: torch.Generator) -> tuple[Tensor, ...]:
+        x, y = (torch.randn(rows, 37, generator=chance).to(dtype) for rows in (60, 90))
+        return torch.cat([x, x[:10]]), y
+
+    return make
+
+
+def _flat(*parts: Tensor) -> Tensor:
+    return torch.cat([part.double().reshape(-1) for part in parts])
+
+
+def _exact_lists(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared distances and indices of the k nearest, equal ones by index, and all squared distances."""
+    every = (x.double()[:, None] - y.double()).square().sum(-1)
+    key, index = every.sort(dim=1, stable=True)
+    return key[:, :k], index[:, :k], every
+
+
+def _neighbors(x: Tensor, y: Tensor) -> Tensor:
+    within = torch.ops.neuraldeps.neighbors(x, None, 7, "sqeuclidean", True)
+    return _flat(*within, *torch.ops.neuraldeps.neighbors(x, y, 30, "sqeuclidean", False))
+
+
+def _neighbors_oracle(x: Tensor, y: Tensor) -> Tensor:
+    return _flat(*_exact_lists(x, x, 7)[:2], *_exact_lists(x, y, 30)[:2])
+
+
+def _neighbor_lists(x: Tensor, y: Tensor) -> Tensor:
+    lists = torch.ops.neuraldeps.neighbor_lists(x, y, 5, 11, True, True)
+    return _flat(*lists, *torch.ops.neuraldeps.neighbors_and_largest(x, y, 5, True))
+
+
+def _neighbor_lists_oracle(x: Tensor, y: Tensor) -> Tensor:
+    both, n = torch.cat([x, y]), len(x)
+    key, index, every = _exact_lists(both, both, 11)
+    lists = key[:, :5], index[:, :5], every.amax(1), key[:n], index[:n], every[:n, n:]
+    key, index, every = _exact_lists(x, y, 5)
+    return _flat(*lists, key, index, every.amax(1))
+
+
+RERANK_OPTIONS = (11, 6, 4, True, 2)  # of small calls: k1 = 10, k2 = 4
+
+
+def _reranked_by(functions: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Dense result and the best 7."""
+    key, index, largest, query_key, query_index, dense = functions.neighbor_lists(x, y, 11, 21, True, True)
+    csr = functions.reciprocal_encoding(index, key, largest, x, y, *RERANK_OPTIONS)
+    mixed = dense.clone()
+    functions.jaccard_rerank(*csr, largest, mixed, 0.3, True, 2)
+    best = functions.jaccard_rerank_top_k(*csr, query_index, query_key, largest, x, y, 7, 0.3, True, 2)[0]
+    return _flat(mixed, best)
+
+
+def _pairs_by(functions: Any, x: Tensor, y: Tensor) -> Tensor:
+    """1 - Jaccard distances of all rows of both."""
+    key, index, largest, *_ = functions.neighbor_lists(x, y, 11, 0, False, True)
+    crow, col, value = functions.jaccard_distance(
+        *functions.reciprocal_encoding(index, key, largest, x, y, *RERANK_OPTIONS)
+    )
+    row = torch.repeat_interleave(torch.arange(len(index), device=col.device), crow.diff())
+    near = torch.zeros(len(index), len(index), dtype=torch.float64, device=col.device)
+    return near.index_put_((row, col.long()), 1 - value.double())
+
+
+def _gnn_by(lists: Any, functions: Any, x: Tensor, y: Tensor) -> Tensor:
+    key, index, _, query_key, query_index, dense = lists.neighbor_lists(x, y, 9, 21, True, True, "cosine")
+    scores = dense.clone()
+    functions.gnn_rerank(index, key, scores, 4, 0.3)
+    return _flat(scores, functions.gnn_rerank_top_k(index, key, query_index, query_key, x, y, 7, 4, 0.3)[0])
+
+
+def _metrics_by(functions: Any, x: Tensor, y: Tensor) -> Tensor:
+    """From distances and from features; every query has positives and junk, and some distances are equal."""
+    query_id, gallery_id = (torch.arange(len(rows), device=rows.device) % 5 for rows in (x, y))
+    by_identity = gallery_id.sort(stable=True)
+    begin, end = (torch.searchsorted(by_identity.values, query_id, right=right) for right in (False, True))
+    cameras = (query_id * 2 % 3, torch.arange(len(y), device=y.device) % 3)
+    rules = (by_identity.indices, begin, end, *cameras, None, None, gallery_id.int())
+    distance = (x[:, None] - y).square().sum(-1)
+    unit = [torch.ones(len(rows), dtype=torch.float64, device=rows.device) for rows in (x, y)]
+    slack = torch.full_like(unit[0], 1e-3)
+    given = functions.retrieval_metrics(distance.round(), *rules, "sklearn")
+    bounded = functions.retrieval_metrics_from_features(distance, slack, x, y, *unit, False, *rules, "standard")
+    return _flat(*given, *bounded)
+
+
+def _rerank_operations() -> Iterator[Operation]:
+    ours, exact = torch.ops.neuraldeps, reranking_reference
+    for dtype in (F32, F64):
+        inputs = _feature_rows(dtype)
+        name = short(dtype)
+
+        def operation(what: str, by: Callable[..., Tensor], limit: float, *functions: Any, **how: Any) -> Operation:
+            run, oracle = (functools.partial(by, *of) for of in functions)
+            return Operation(f"{what} {name}", inputs, run, oracle, limit, **how)  # noqa: B023  called at once
+
+        yield operation("k_reciprocal", _reranked_by, 2e-6, (ours,), (exact,), compiles=False)
+        yield operation("jaccard_distance", _pairs_by, 2e-6, (ours,), (exact,), waits=True)
+        yield operation("gnn", _gnn_by, 2e-6, (ours, ours), (exact, gnn_reference), waits=True)
+    yield Operation(
+        "retrieval_metrics",
+        _feature_rows(F32),
+        functools.partial(_metrics_by, ours),
+        functools.partial(_metrics_by, metrics_reference),
+        1e-12,
+    )
+
+
+def _fused_operations() -> Iterator[Operation]:
+    for fused in FUSED:
+        for dtype, tolerance in ((F32, 2e-5), (F64, 1e-12), (BF16, 2e-2)):
+
+            def inputs(chance: torch.Generator, fused: Fused = fused, dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
+                return tuple(x.to(dtype) for x in fused.inputs(chance, True))
+
+            def oracle(*x: Tensor, fused: Fused = fused) -> Tensor:
+                return fused.plain(*(part.double() for part in x))
+
+            name = f"{fused.name} {short(dtype)}"
+            yield Operation(name, inputs, fused.ours, oracle, tolerance, gradient=dtype != BF16)
+
+
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # n = 40: supports of one to two blocks of the factor; 150: of 70 coordinates, beyond what shared memory holds.
 OPERATIONS = (
@@ -1230,9 +1754,18 @@ OPERATIONS = (
     Operation("svdvals bfloat16", _matrices_of((5, 60, 33), BF16), nk.svdvals, _values_oracle, 5e-7),
     Operation("svdvals float16 large", _matrices_of((3, 200, 170), F16), nk.svdvals, _values_oracle, 5e-7),
     Operation("svdvals float64 tall", _matrices_of((4, 300, 40), F64), nk.svdvals, _values_oracle, 1e-13),
+    Operation("svdvals backward", _matrices_of((9, 30, 20), F32), _values_gradient, _values_gradient_oracle, 2e-6),
+    Operation("singular_basis", _matrices_of((9, 30, 20), F32), _gram_of_basis, float64_gram, 1e-12),
     Operation("low_rank_project", _matrices_of((4, 40, 24), F32), _projected, _projected_oracle, 1e-5, gradient=True),
     *_norm_operations(),
     *_fourier_operations(),
+    *_fused_operations(),
+    Operation("neighbors float32", _feature_rows(F32), _neighbors, _neighbors_oracle, 1e-12, gradient=True),
+    Operation("neighbors float64", _feature_rows(F64), _neighbors, _neighbors_oracle, 1e-12, gradient=True),
+    Operation("neighbors bfloat16", _feature_rows(BF16), _neighbors, _neighbors_oracle, 1e-12),
+    Operation("neighbor_lists float32", _feature_rows(F32), _neighbor_lists, _neighbor_lists_oracle, 1e-6),
+    Operation("neighbor_lists float64", _feature_rows(F64), _neighbor_lists, _neighbor_lists_oracle, 1e-6),
+    *_rerank_operations(),
 )
 
 

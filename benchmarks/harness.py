@@ -44,12 +44,14 @@ BENCHES |= {"domain_norm": "bench_domain_norm"}
 BENCHES |= {"fourier_filter": "bench_fourier_filter"}
 BENCHES |= {"retrieval_metrics": "bench_retrieval_metrics"}
 BENCHES |= {"retrieval": "bench_retrieval"}
+BENCHES |= {"reid_ops": "bench_reid_ops"}
+BENCHES |= {"distillation": "bench_distillation"}
 BENCHES |= {"gpu": "gpu_cases"}  # argument of the command: module
 SCHEMA = 1
 MIN_ROUNDS = 5
 TABLE_WIDTH = 150  # columns, where the output is no wider terminal
 VERSIONS = ("numpy", "scipy", "triton", "cupy-cuda13x", "scikit-learn", "adelie", "celer", "skglm", "scm2cpp-learn")
-VERSIONS += ("faiss-cpu",)
+VERSIONS += ("faiss-cpu", "fastreid", "pyppbox-torchreid", "torchmetrics", "pytorch-metric-learning")
 
 
 class AccuracyError(AssertionError):

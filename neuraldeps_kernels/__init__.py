@@ -42,6 +42,7 @@ from neuraldeps_kernels.ops.covlasso import (  # noqa: E402  needs the operators
     covlasso_top_k,
     lambda_max,
 )
+from neuraldeps_kernels.ops.distillation_kl import distillation_kl  # noqa: E402  needs the operators
 from neuraldeps_kernels.ops.domain_norm import (  # noqa: E402  needs the operators
     centred_affine,
     domain_batch_norm,
@@ -51,11 +52,18 @@ from neuraldeps_kernels.ops.domain_norm import (  # noqa: E402  needs the operat
 from neuraldeps_kernels.ops.factored import FactoredCovariance  # noqa: E402  needs the operators
 from neuraldeps_kernels.ops.fourier_filter import fourier_filter2d  # noqa: E402  needs the operators
 from neuraldeps_kernels.ops.gnn_rerank import gnn_rerank  # noqa: E402  needs the operators
+from neuraldeps_kernels.ops.pose_weighted_pool import pose_weighted_pool  # noqa: E402  needs the operators
 from neuraldeps_kernels.ops.query_expansion import (  # noqa: E402  needs the operators
     alpha_query_expansion,
     database_augmentation,
     expanded_neighbors_rerank,
 )
+from neuraldeps_kernels.ops.queue_contrast import (  # noqa: E402  needs the operators
+    enqueue,
+    momentum_update,
+    queue_contrast,
+)
+from neuraldeps_kernels.ops.region_mixup import region_mixup  # noqa: E402  needs the operators
 from neuraldeps_kernels.ops.retrieval import (  # noqa: E402  needs the operators
     jaccard_distance,
     k_reciprocal_rerank,
@@ -105,8 +113,10 @@ __all__ = [
     "covlasso_top_k",
     "cross_covariance",
     "database_augmentation",
+    "distillation_kl",
     "domain_batch_norm",
     "effective_rank",
+    "enqueue",
     "expanded_neighbors_rerank",
     "fourier_filter2d",
     "gnn_rerank",
@@ -120,7 +130,11 @@ __all__ = [
     "lambda_max",
     "low_rank_project",
     "matrix_rank",
+    "momentum_update",
     "normalize",
+    "pose_weighted_pool",
+    "queue_contrast",
+    "region_mixup",
     "retrieval_metrics",
     "retrieval_metrics_from_features",
     "stable_rank",

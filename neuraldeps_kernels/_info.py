@@ -19,11 +19,15 @@ import neuraldeps_kernels
 CUDA_KERNELS = {
     "covariance": "Triton",
     "covlasso": "CUDA C++",
+    "distillation_kl": "Triton",
     "domain_norm": "Triton",
     "fourier_filter": "CUDA C++",
-    "gnn_rerank": None,
-    "retrieval": None,
-    "retrieval_metrics": None,
+    "gnn_rerank": "CUDA C++",
+    "pose_weighted_pool": "Triton",
+    "queue_contrast": "Triton",
+    "region_mixup": "Triton",
+    "retrieval": "CUDA C++",
+    "retrieval_metrics": "CUDA C++",
     "spectrum": "CUDA C++",
 }
 

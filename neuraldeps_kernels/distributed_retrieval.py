@@ -3,7 +3,8 @@
 Every rank brings its own rows; together, in the order of the ranks, they are the rows of the problem. The features of
 all are collected on every rank (N D values, which take their memory up to three times while they are put together), and
 each rank searches for its own rows: lists are those of one process to the last neighbour. W ranks share N^2 products,
-of which one process, that uses their symmetry, needs half: there is a gain from three ranks on.
+of which one process, that uses their symmetry, needs half: there is a gain from three ranks on. To form each pair of
+shards on one rank only would take a kernel that keeps the lists of both sides, and a second exchange to merge them.
 
     1. every rank checks its arguments; sizes and checksums are exchanged (one small all_gather);
     2. the features of all ranks are exchanged (one all_gather, padded to the largest shard);

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -44,6 +44,27 @@ def one_thread() -> Iterator[None]:
 def cpu_levels() -> list[str]:
     """Instruction-set levels that this processor runs, slowest first."""
     return torch.ops.neuraldeps.cpu_levels()[1].split()
+
+
+@pytest.fixture(scope="session")
+def assert_sanitized(build_script: ModuleType, cpu_levels: list[str]) -> Callable[..., None]:
+    """assert_sanitized(driver, *kernels, definitions, flags): tests/<driver> calls csrc/cpu/<kernel>, and all is well.
+
+    One program, for the best level, under AddressSanitizer and UndefinedBehaviorSanitizer.
+    """
+    level = cpu_levels[-1]
+
+    def check(driver: str, *kernels: str, definitions: Sequence[str] = (), flags: Sequence[str] = ()) -> None:
+        program = emulation.build_program(
+            [emulation.ROOT / "tests" / driver, *(emulation.ROOT / "csrc" / "cpu" / kernel for kernel in kernels)],
+            sanitizer="address",
+            definitions=[f"ND_CPU_LEVEL={level}", *definitions],
+            flags=["-fopenmp-simd", *build_script.cpu_levels()[level], *flags],
+        )
+        result = emulation.run(program, timeout=600.0, ASAN_OPTIONS="detect_leaks=1")
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import torch
+from tensors import normal
 from torch import Tensor
 
 from neuraldeps_kernels.data.synthetic_logits import clustered_logits
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    """Independent standard normal numbers, float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def covariance_of(x: Tensor) -> Tensor:

@@ -53,9 +53,11 @@ def build_library(sources: Sequence[Path], *, sanitizer: str = "plain", definiti
     return _build(sources, ".so", sanitizer, definitions)
 
 
-def build_program(sources: Sequence[Path], *, sanitizer: str = "plain", definitions: Sequence[str] = ()) -> Path:
-    """Executable of `sources`, one of which defines main()."""
-    return _build(sources, "", sanitizer, definitions)
+def build_program(
+    sources: Sequence[Path], *, sanitizer: str = "plain", definitions: Sequence[str] = (), flags: Sequence[str] = ()
+) -> Path:
+    """Executable of `sources`, one of which defines main(); `flags` go to the compiler after its own."""
+    return _build(sources, "", sanitizer, definitions, flags)
 
 
 def run(
@@ -76,8 +78,10 @@ def run(
     )
 
 
-def _build(sources: Sequence[Path], suffix: str, sanitizer: str, definitions: Sequence[str]) -> Path:
-    flags = (*COMPILE_FLAGS, *SANITIZERS[sanitizer], *(f"-D{d}" for d in definitions))
+def _build(
+    sources: Sequence[Path], suffix: str, sanitizer: str, definitions: Sequence[str], more_flags: Sequence[str] = ()
+) -> Path:
+    flags = (*COMPILE_FLAGS, *SANITIZERS[sanitizer], *more_flags, *(f"-D{d}" for d in definitions))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: _object(Path(source).resolve(), flags), sources))
     link = (_compiler(), *SANITIZERS[sanitizer], *(("-shared",) if suffix == ".so" else ()))

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import torch
+from tensors import normal
 from torch import Tensor
 
 SUPPORT, COEFFICIENTS, NOISE = [3, 7, 11, 15], [0.9, -0.6, 0.8, 0.5], 0.4
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def planted_logits(samples: int = 6000, n: int = 20, seed: int = 0) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,23 @@ def test_profile_runs_ours_only() -> None:
     peer = harness.Contender("peer", lambda: calls.append("peer"))
     harness.profile(harness.Case("profiled", {}, ours, peers=[peer]), warm_up=1, repeats=2)
     assert calls == ["ours"] * 3
+
+
+def test_profile_on_a_gpu_captures_all_but_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The range of the profiler API opens after the warm-up and closes when the device is done."""
+    events: list[str] = []
+
+    @contextlib.contextmanager
+    def captured() -> Iterator[None]:
+        events.append("start")
+        yield
+        events.append("stop")
+
+    monkeypatch.setattr(torch.cuda.profiler, "profile", captured)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("wait"))
+    ours = harness.Contender("ours", lambda: events.append("ours"))
+    harness.profile(harness.Case("profiled", {}, ours, device=torch.device("cuda", 0)), warm_up=1, repeats=2)
+    assert events == ["ours", "wait", "start", "ours", "ours", "wait", "stop"]
 
 
 def test_environment_that_slows_numpy_is_dropped() -> None:

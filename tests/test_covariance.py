@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -872,25 +871,8 @@ def test_merge_and_state_of_two_streams() -> None:
 # ------------------------------------------------------------------------------------------------ sanitizers, GPU
 
 
-def test_sanitizers(tmp_path: Path, build_script, cpu_levels: list[str]) -> None:
-    level = cpu_levels[-1]
-    program = tmp_path / "driver"
-    flags = ["-std=c++20", "-O1", "-g1", "-fopenmp-simd", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [ROOT / "tests/cpu_sanitizer_driver.cpp", ROOT / "csrc/cpu/covariance.cpp"]
-    definitions = [f"-DND_CPU_LEVEL={level}", "-DND_DRIVE_COVARIANCE", f"-I{ROOT}/csrc/include"]
-    compiler = os.environ.get("CXX", "g++").split()
-    command = [
-        *compiler,
-        *flags,
-        *build_script.cpu_levels()[level],
-        *definitions,
-        *map(str, sources),
-        "-o",
-        str(program),
-    ]
-    subprocess.run(command, check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_sanitizers(assert_sanitized: Callable[..., None]) -> None:
+    assert_sanitized("cpu_sanitizer_driver.cpp", "covariance.cpp", definitions=["ND_DRIVE_COVARIANCE"])
 
 
 @pytest.mark.gpu

@@ -7,18 +7,19 @@ recomputed from the factors themselves.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import normal
 from torch import Tensor
 
 import neuraldeps_kernels as nk
 from neuraldeps_kernels.ops import factored
 from neuraldeps_kernels.ops.factored import FactoredCovariance
 from neuraldeps_kernels.reference import covlasso as reference
-from tests.cov_factory import normal
 
 F32, F64 = torch.float32, torch.float64
 CONVERGED, CAPPED, TOO_FEW = 0, 1, 4
@@ -368,7 +369,8 @@ import json, re, sys
 import torch
 import neuraldeps_kernels as nk
 from neuraldeps_kernels.ops.factored import FactoredCovariance
-from tests.test_covlasso_large import features, tree_weights, violation_from_factors
+sys.path.insert(0, sys.argv[4])
+from test_covlasso_large import features, tree_weights, violation_from_factors
 
 def peak():
     status = open("/proc/self/status").read()  # ru_maxrss would count the parent's, before exec
@@ -387,7 +389,7 @@ print(json.dumps({"status": solution.status.unique().tolist(), "k": solution.n_n
 
 
 def measured(run_python, n: int, d: int, ratio: float) -> dict:
-    result = run_python(MEASURED, str(n), str(d), str(ratio))
+    result = run_python(MEASURED, str(n), str(d), str(ratio), str(Path(__file__).parent))
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import multiprocessing
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +24,6 @@ from torch import Tensor
 import neuraldeps_kernels as nk
 from neuraldeps_kernels import centred_affine, domain_batch_norm, instance_moments, normalize
 from neuraldeps_kernels.reference import domain_norm as reference
-
-ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -747,24 +744,9 @@ def test_synchronised_over_processes(world: int, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ sanitizers, CUDA
 
 
-def test_sanitizers(tmp_path: Path, build_script, cpu_levels: list[str]) -> None:
+def test_sanitizers(assert_sanitized: Callable[..., None]) -> None:
     """The kernels alone, on arrays of exactly the sizes they ask for, task by task."""
-    level, program = cpu_levels[-1], tmp_path / "driver"
-    flags = ["-std=c++20", "-O1", "-g1", "-fopenmp-simd", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [ROOT / "tests/domain_norm_sanitizer_driver.cpp", ROOT / "csrc/cpu/domain_norm.cpp"]
-    command = [
-        *os.environ.get("CXX", "g++").split(),
-        *flags,
-        *build_script.cpu_levels()[level],
-        f"-DND_CPU_LEVEL={level}",
-        f"-I{ROOT}/csrc/include",
-        *map(str, sources),
-        "-o",
-        str(program),
-    ]
-    subprocess.run(command, check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert_sanitized("domain_norm_sanitizer_driver.cpp", "domain_norm.cpp")
 
 
 @pytest.mark.gpu

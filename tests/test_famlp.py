@@ -12,6 +12,7 @@ import math
 
 import pytest
 import torch
+from tensors import generator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,10 +24,6 @@ from neuraldeps_kernels.nn import FourierFilter2d
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = Size(2, (8, 12), (2, 1))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def tiny(**options: object) -> FAMLP:

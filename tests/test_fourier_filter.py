@@ -477,6 +477,12 @@ def test_every_instruction_set_level(cpu_levels: list[str], run_python: Callable
         assert float(worst) <= 1
 
 
+def test_sanitizers(assert_sanitized: Callable[..., None]) -> None:
+    """The kernels alone, on images, weights and work space of exactly the sizes they ask for; compiled as they stand,
+    since the unrolled lengths take a minute to optimise."""
+    assert_sanitized("fourier_filter_sanitizer_driver.cpp", "fourier_filter.cpp", flags=["-O0"])
+
+
 # ------------------------------------------------------------------------------------------------ torch
 
 

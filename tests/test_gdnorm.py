@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import close, generator, normal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -42,21 +43,6 @@ from neuraldeps_kernels.reference.domain_norm import merged_moments
 
 DOUBLE = torch.float64
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
-
-
-def close(got: Tensor, want: Tensor, tolerance: float, at_least: float = 0.0) -> None:
-    """Within `tolerance` of the largest value of `want`, or of `at_least`."""
-    assert got.shape == want.shape
-    scale = max(float(want.detach().abs().max()) if want.numel() else 0.0, at_least)
-    assert float((got - want).detach().abs().max() if want.numel() else 0.0) <= tolerance * scale
 
 
 def randomised(layer: nn.Module, seed: int = 1) -> Any:

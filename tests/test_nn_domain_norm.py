@@ -6,6 +6,7 @@ What the layers compute is tested in test_gdnorm.py and test_cfd.py, the operato
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tensors
 import torch
 import torch.distributed as dist
 from test_distributed import on_every_rank
@@ -46,19 +48,16 @@ BY_DOMAIN_2D = [DomainBatchNorm2d, SyncDomainBatchNorm2d, CalibratedBatchNorm2d,
 IDS = torch.tensor([2, 0, 1, 1, 0, 2])
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+normal = functools.partial(tensors.normal, dtype=torch.float32)
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-6) -> None:
-    """Within `tolerance` of the largest value of `want`, or of 1."""
-    largest = max([1.0, *want.detach().abs().flatten().tolist()])
-    torch.testing.assert_close(got, want, rtol=0, atol=tolerance * largest)
+    tensors.close(got, want, tolerance, at_least=1.0)
 
 
 def randomised(layer: nn.Module, seed: int = 1) -> Any:
     """`layer` with random parameters and running statistics, weights and variances positive."""
-    g = torch.Generator().manual_seed(seed)
+    g = tensors.generator(seed)
     with torch.no_grad():
         for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
             if tensor.is_floating_point():

@@ -57,6 +57,7 @@ def build(build_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleTy
         "CUDA_HOME",
         "CUDA_PATH",
         "MAX_JOBS",
+        "NEURALDEPS_NATIVE",
     ):
         monkeypatch.delenv(name, raising=False)
     build_script.usable_nvcc.cache_clear()
@@ -105,9 +106,34 @@ class TestBuildScript:
         with pytest.raises(SystemExit, match=r"cannot read the version of .*\n.*broken toolkit"):
             build.usable_nvcc()
 
+    def test_source_lines_are_in_cuda_kernels_on_request_only(self, build, monkeypatch, tmp_path):
+        nvcc = str(fake_nvcc(tmp_path, "13.0", "compute_80 compute_90 compute_100 compute_120") / "bin/nvcc")
+        monkeypatch.setenv("NEURALDEPS_CUDA", "0")
+        commands = {}
+        for value in (None, "0", "1"):
+            monkeypatch.delenv("NEURALDEPS_LINEINFO", raising=False)
+            if value is not None:
+                monkeypatch.setenv("NEURALDEPS_LINEINFO", value)
+            commands[value] = [step.command for step in build.Binaries().cuda(nvcc)]
+        assert not any("lineinfo" in word for value in (None, "0") for command in commands[value] for word in command)
+        assert all(command.count("-lineinfo") == 1 for command in commands["1"])
+        without = [[word for word in command if word != "-lineinfo"] for command in commands["1"]]
+        assert without == commands[None] == commands["0"]
+
+    def test_the_module_for_arrays_can_be_left_out(self, build, monkeypatch):
+        """Where pybind11 is missing, the operators are built without it."""
+        monkeypatch.setenv("NEURALDEPS_CUDA", "0")
+        monkeypatch.setitem(sys.modules, "pybind11", None)
+        with pytest.raises(SystemExit, match="pybind11 is needed to build without isolation"):
+            build.Binaries()
+        monkeypatch.setenv("NEURALDEPS_NATIVE", "0")
+        assert list(build.Binaries().steps()) == [build.OPS_LIBRARY]
+        assert [extension.name for extension in build.extensions()] == [build.OPS_LIBRARY]
+
     @pytest.mark.parametrize(
         ("variable", "value", "message"),
         [
+            ("NEURALDEPS_NATIVE", "no", r"NEURALDEPS_NATIVE='no': expected 1 \(built\) or 0"),
             ("NEURALDEPS_CUDA", "yes", r"NEURALDEPS_CUDA='yes': expected 1 .* 0 .* or auto"),
             ("MAX_JOBS", "many", r"MAX_JOBS='many': expected a positive number"),
             ("MAX_JOBS", "0", r"MAX_JOBS='0': expected a positive number"),
@@ -116,7 +142,7 @@ class TestBuildScript:
     def test_wrong_switches(self, build, monkeypatch, variable, value, message):
         monkeypatch.setenv(variable, value)
         with pytest.raises(SystemExit, match=message):
-            (build.usable_nvcc if variable == "NEURALDEPS_CUDA" else build.num_jobs)()
+            {"NEURALDEPS_CUDA": build.usable_nvcc, "MAX_JOBS": build.num_jobs}.get(variable, build.native_wanted)()
 
     def test_architecture_list(self, build, monkeypatch, tmp_path):
         nvcc = str(fake_nvcc(tmp_path, "13.0", "compute_80 compute_90 compute_120") / "bin/nvcc")

@@ -59,6 +59,21 @@ def test_ranges_of_python_and_cpp_nest_in_one_domain(run_python, profiler):
     assert refused == ["push neuraldeps:covlasso", "pop neuraldeps", "refused"]  # an exception closes its range
 
 
+def test_bench_profiles_a_case_after_a_warm_up(run_python, profiler):
+    """`neuraldeps bench CASE --profile`: ranges of the warm-up and then of the case, each around its calls of ours."""
+    name = "overhead operator call, inference mode"
+    command = ["bench", "overhead", "--quick", "--case", name, "--profile"]
+    code = f"from neuraldeps_kernels.cli import main; main({command})"
+    result = run_python(code, NVTX_INJECTION64_PATH=str(profiler))
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    places = [lines.index(f"push neuraldeps:{part}") for part in ("warm-up", name)]
+    ends = [place + lines[place:].index("pop neuraldeps") for place in places]
+    assert places[0] < ends[0] < places[1] < ends[1]
+    assert lines.count(f"push neuraldeps:{name}") == 1
+    assert "x ours" not in result.stdout  # no table: nothing is timed
+
+
 def test_without_a_profiler_a_public_function_is_left_as_it_is():
     def function(x: int) -> int:
         return x

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensors import clustered
 from torch import Tensor
 
 from neuraldeps_kernels.ops.query_expansion import (
@@ -18,13 +19,6 @@ from neuraldeps_kernels.ops.query_expansion import (
 
 Array = np.ndarray[Any, Any]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def clustered(count: int, seed: int, D: int = 24) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(20, D, generator=torch.Generator().manual_seed(99))
-    chosen = torch.randint(20, (count,), generator=generator)
-    return centres[chosen] + 0.6 * torch.randn(count, D, generator=generator)
 
 
 def directions(x: Tensor) -> Array:
@@ -131,11 +125,22 @@ def test_neighbors_of_every_dtype_and_few_rows(dtype: torch.dtype, method: str) 
     assert expanded_neighbors_rerank(query, gallery[:0], method=method, top_k=2)[1].shape == (3, 2)
 
 
+def test_strides_do_not_matter() -> None:
+    query, gallery = clustered(9, 8), clustered(40, 9)
+    results = []
+    for x, y in ((query, gallery), (query.T.contiguous().T, torch.stack([gallery, gallery], -1)[..., 0])):
+        ranked = [expanded_neighbors_rerank(x, y, method=method) for method in METHODS]
+        results.append((alpha_query_expansion(x, y, k=3), database_augmentation(y, k=3), *ranked))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda x: alpha_query_expansion(x, x.numpy(), k=1), TypeError, "gallery must be a tensor"),
         (lambda x: alpha_query_expansion(x, x[:, :1], k=1), ValueError, "gallery and query must have one number"),
+        (lambda x: alpha_query_expansion(x, x[:0], k=1), ValueError, "k must be in 1..0, the number of gallery rows"),
         (lambda x: alpha_query_expansion(x, x, k=10), ValueError, "k must be in 1..9, the number of gallery rows"),
         (lambda x: alpha_query_expansion(x, x, k=1, alpha=-1), ValueError, "alpha must be finite and 0 or more"),
         (lambda x: alpha_query_expansion(x, x, k=1, alpha=float("nan")), ValueError, "alpha must be finite"),

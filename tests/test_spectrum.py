@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,9 @@ from torch.func import grad, jacrev, vmap
 from neuraldeps_kernels.ops import spectrum as ops
 from neuraldeps_kernels.ops.spectrum import effective_rank, low_rank_project, matrix_rank, stable_rank, svdvals
 from neuraldeps_kernels.reference import spectrum as reference
+
+# Matrices this small gain nothing from more, and the oracle's threads would wait for each other.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -44,15 +45,6 @@ SHAPES = [
     (2, 161, 170),
     (4, 270, 257),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from more, and the oracle's threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def oracle(a: Tensor) -> np.ndarray:
@@ -730,25 +722,9 @@ def test_a_basis_is_orthonormal_and_diagonalises() -> None:
 # ------------------------------------------------------------------------------------------------ sanitizers, GPU
 
 
-def test_sanitizers(tmp_path: Path, build_script, cpu_levels: list[str]) -> None:
+def test_sanitizers(assert_sanitized: Callable[..., None]) -> None:
     """The kernel alone, on buffers of exactly the sizes it asks for."""
-    level = cpu_levels[-1]
-    program = tmp_path / "driver"
-    flags = ["-std=c++20", "-O1", "-g1", "-fopenmp-simd", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [ROOT / "tests/spectrum_sanitizer_driver.cpp", ROOT / "csrc/cpu/spectrum.cpp"]
-    command = [
-        *os.environ.get("CXX", "g++").split(),
-        *flags,
-        *build_script.cpu_levels()[level],
-        f"-DND_CPU_LEVEL={level}",
-        f"-I{ROOT}/csrc/include",
-        *map(str, sources),
-        "-o",
-        str(program),
-    ]
-    subprocess.run(command, check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert_sanitized("spectrum_sanitizer_driver.cpp", "spectrum.cpp")
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The command `neuraldeps`: info, deps, compare, rank, rerank, eval, demo, bench.
+"""The command `neuraldeps`: info, deps, compare, rank, rerank, eval, train, extrapolate, demo, data, bench.
 
 Bad input: one clear line and exit status 2.
 """
@@ -16,7 +16,7 @@ import typer
 
 import neuraldeps_kernels
 from neuraldeps_kernels import _info
-from neuraldeps_kernels.cli import compare, demo, deps, rank, retrieval
+from neuraldeps_kernels.cli import compare, data, demo, deps, extrapolate, rank, retrieval, train
 
 app = typer.Typer(
     help="Dependency-aware neural networks: which categories a classifier expresses through which others.",
@@ -28,7 +28,10 @@ app.command()(compare.compare)
 app.command()(rank.rank)
 app.command()(retrieval.rerank)
 app.command("eval")(retrieval.evaluate)
+app.command()(train.train)
+app.command()(extrapolate.extrapolate)
 app.command()(demo.demo)
+app.add_typer(data.app, name="data")
 
 # The base of all errors of usage, which typer does not export under one name in all its versions.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
