@@ -27,10 +27,13 @@ $(VENV)/.installed: pyproject.toml
 demo: build
 	$(VENV)/bin/neuraldeps demo --out out/demo --force
 
-# Triton decides at import between interpreter and compiler, hence two processes. Exit status 5: no test was collected.
+# Triton decides at import between interpreter and compiler, hence two runs. Exit status 5: no test was collected. Each of
+# TEST_JOBS processes takes whole files, with one thread for PyTorch's own operations.
+TEST_JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile
 test: build lint
-	TRITON_INTERPRET=1 $(PY) -m pytest -m "not compile"
-	$(PY) -m pytest -m compile || test $$? -eq 5
+	TRITON_INTERPRET=1 $(PYTEST) -m "not compile"
+	$(PYTEST) -m compile || test $$? -eq 5
 
 bench: build
 	$(VENV)/bin/neuraldeps bench --quick

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 import neuraldeps_kernels as nk
+from benchmarks.bench_extrapolation import bisected, newton
 from benchmarks.bench_retrieval import clustered, dense_gnn
 from benchmarks.harness import (
     Budget,
@@ -50,9 +51,11 @@ from benchmarks.harness import (
 )
 from neuraldeps_kernels.data.logits import load_imagenet_covariance
 from neuraldeps_kernels.data.synthetic_logits import clustered_logits
+from neuraldeps_kernels.reference import closed_form_discriminator as discriminator_reference
 from neuraldeps_kernels.reference import covariance as covariance_reference
 from neuraldeps_kernels.reference import covlasso as reference
 from neuraldeps_kernels.reference import gnn_rerank as gnn_reference
+from neuraldeps_kernels.reference import projected_step as step_reference
 from neuraldeps_kernels.reference import retrieval as reranking_reference
 from neuraldeps_kernels.reference import retrieval_metrics as metrics_reference
 
@@ -200,6 +203,10 @@ def recipes(card: Card, budget: Budget) -> Iterator[Recipe]:
     yield Recipe("gnn Market", lambda: gnn_case("gnn Market", card))
     for size in ("Market", "MSMT17 top-100"):
         yield metrics(size)
+    yield Recipe("closed_form_discriminator 1M", lambda: discriminator_case("closed_form_discriminator 1M", card))
+    for B, L, rank in ((2048, 1, 4), (256, 18, 1)):
+        name = f"projected_step {B}x{L}x512 r {rank}"
+        yield Recipe(name, functools.partial(step_case, name, card, B, L, rank))
 
 
 # ------------------------------------------------------------------------------------------------ inputs
@@ -1246,6 +1253,67 @@ def fused_case(name: str, card: Card, fused: Fused) -> Case:
     )
 
 
+# ------------------------------------------------------------------------------------------------ extrapolation
+
+
+def discriminator_case(name: str, card: Card) -> Case:
+    """Ratios of a million samples in the JS game; the floor reads penalties and writes D and w."""
+    chance = torch.Generator().manual_seed(seed())
+    penalty = 0.5 * (torch.randn(card.size(1 << 20, 300), generator=chance) - 2).square().to(card.device)
+    exact = discriminator_reference.closed_form_discriminator(penalty.double(), 1.0, "js")[1]
+
+    def contender(label: str, run: Callable[[], tuple[Tensor, ...]]) -> Contender:
+        return Contender(label, run, 1, lambda found: float((found[1] - exact).norm() / exact.norm()), 1e-4)
+
+    ours = contender("ours operator", lambda: torch.ops.neuraldeps.closed_form_discriminator(penalty, 1.0, "js"))
+    peers = [
+        contender("eager bisection", lambda: bisected(penalty, 1.0)),
+        contender("eager Newton", lambda: newton(penalty, 1.0)),
+    ]
+    return Case(
+        name,
+        {"N": len(penalty), "dtype": "float32", "seed": seed()},
+        ours=ours,
+        peers=[graph_of(ours, card), *map(available, peers)],
+        threads=0,
+        device=card.device,
+        bytes=3.0 * penalty.nbytes,
+        rates=Rates(card.rates.memory, card.rates.gemm["float32"]),
+    )
+
+
+def step_inputs(chance: torch.Generator, B: int, L: int, d: int, rank: int) -> tuple[Tensor, ...]:
+    """z, gradient, origin [B, L, d], an orthonormal basis [L, rank, d], step sizes [B]."""
+    z, gradient, origin = (torch.randn(B, L, d, generator=chance) for _ in range(3))
+    basis = torch.linalg.qr(torch.randn(L, d, rank, generator=chance))[0].mT.contiguous()
+    return z, gradient, origin, basis, torch.rand(B, generator=chance)
+
+
+def step_case(name: str, card: Card, B: int, L: int, rank: int) -> Case:
+    """Codes of 512 values; the floor reads z, gradient and origin and writes z' and p."""
+    sizes = (card.size(B, 3), card.size(L, 2), card.size(512, 8), rank)
+    inputs = step_inputs(torch.Generator().manual_seed(seed()), *sizes)
+    z, gradient, origin, basis, a = (x.to(card.device) for x in inputs)
+    exact = step_reference.projected_step(*(x.double() for x in (z, gradient, basis, a, origin)), 0.02)[0]
+
+    def contender(label: str, run: Callable[..., tuple[Tensor, ...]]) -> Contender:
+        arguments = (z, gradient, basis, a, origin, 0.02)
+        return Contender(label, lambda: run(*arguments), 1, lambda found: relative_error(found[0], exact.cpu()), 1e-4)
+
+    ours = contender("ours operator", torch.ops.neuraldeps.projected_step)
+    return Case(
+        name,
+        {"B": sizes[0], "L": sizes[1], "d": sizes[2], "rank": rank, "dtype": "float32", "seed": seed()},
+        ours=ours,
+        peers=[graph_of(ours, card), available(contender("plain PyTorch", step_reference.projected_step))],
+        threads=0,
+        device=card.device,
+        bytes=5.0 * z.nbytes,
+        flops=float(z.numel() * (4 * rank + 5)),
+        rates=Rates(card.rates.memory, card.rates.gemm["float32"]),
+    )
+
+
 # ------------------------------------------------------------------------------------------------ small calls
 
 
@@ -1710,6 +1778,40 @@ def _rerank_operations() -> Iterator[Operation]:
     )
 
 
+def _penalties(chance: torch.Generator) -> tuple[Tensor, ...]:
+    return (0.5 * (torch.randn(5000, generator=chance) - 2).square(),)
+
+
+def _ratios(functions: Any, game: str, penalty: Tensor) -> Tensor:
+    D, w, c = functions.closed_form_discriminator(penalty, 0.7, game)
+    return torch.cat([D, w, c.to(w.dtype)])
+
+
+def _ratios_oracle(game: str, penalty: Tensor) -> Tensor:
+    return _ratios(discriminator_reference, game, penalty.double())
+
+
+def _step_of(chance: torch.Generator) -> tuple[Tensor, ...]:
+    return step_inputs(chance, 5, 3, 70, 6)
+
+
+def _stepped(z: Tensor, gradient: Tensor, origin: Tensor, basis: Tensor, step: Tensor) -> Tensor:
+    return torch.cat(nk.projected_step(z, gradient, basis, step, origin=origin, rho=0.3)[:2])
+
+
+def _stepped_oracle(z: Tensor, gradient: Tensor, origin: Tensor, basis: Tensor, step: Tensor) -> Tensor:
+    wide = (x.double() for x in (z, gradient, basis, step, origin))
+    return torch.cat(step_reference.projected_step(*wide, 0.3)[:2])
+
+
+def _extrapolation_operations() -> Iterator[Operation]:
+    for game in ("js", "kl"):
+        run = functools.partial(_ratios, torch.ops.neuraldeps, game)
+        oracle = functools.partial(_ratios_oracle, game)
+        yield Operation(f"closed_form_discriminator {game}", _penalties, run, oracle, 2e-6, gradient=True)
+    yield Operation("projected_step", _step_of, _stepped, _stepped_oracle, 2e-6, gradient=True)
+
+
 def _fused_operations() -> Iterator[Operation]:
     for fused in FUSED:
         for dtype, tolerance in ((F32, 2e-5), (F64, 1e-12), (BF16, 2e-2)):
@@ -1760,6 +1862,7 @@ OPERATIONS = (
     *_norm_operations(),
     *_fourier_operations(),
     *_fused_operations(),
+    *_extrapolation_operations(),
     Operation("neighbors float32", _feature_rows(F32), _neighbors, _neighbors_oracle, 1e-12, gradient=True),
     Operation("neighbors float64", _feature_rows(F64), _neighbors, _neighbors_oracle, 1e-12, gradient=True),
     Operation("neighbors bfloat16", _feature_rows(BF16), _neighbors, _neighbors_oracle, 1e-12),

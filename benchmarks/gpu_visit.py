@@ -76,6 +76,8 @@ GOALS = (
     ("pose_weighted_pool, forward and backward", "pose_weighted_pool ", ">= 2x eager"),
     ("distillation_kl, forward and backward", "distillation_kl ", ">= 2x eager"),
     ("queue_contrast, forward and backward", "queue_contrast ", ">= 2x eager"),
+    ("closed_form_discriminator, 1M samples", "closed_form_discriminator ", "-"),
+    ("projected_step, 1M and w+ values", "projected_step ", "-"),
 )
 
 # What test modules import, and may be absent: tests marked `gpu` only have to be collected with it.

@@ -44,6 +44,7 @@ BENCHES |= {"domain_norm": "bench_domain_norm"}
 BENCHES |= {"fourier_filter": "bench_fourier_filter"}
 BENCHES |= {"retrieval_metrics": "bench_retrieval_metrics"}
 BENCHES |= {"retrieval": "bench_retrieval"}
+BENCHES |= {"extrapolation": "bench_extrapolation"}
 BENCHES |= {"reid_ops": "bench_reid_ops"}
 BENCHES |= {"distillation": "bench_distillation"}
 BENCHES |= {"gpu": "gpu_cases"}  # argument of the command: module

@@ -23,7 +23,7 @@ from neuraldeps_kernels.models.sskd import SSKD
 from neuraldeps_kernels.models.training import evaluate, train
 
 WIDTH, TEACHER_WIDTH, FEATURE = 8, 24, 128
-TEACHER_STEPS = 300
+TEACHER_STEPS = 350
 LOSSES = {"scale": 16.0, "margin": 0.25, "labelled_temperature": 4.0, "unlabelled_temperature": 2.0}
 TRAINING = {"lr": 5e-3, "schedule": "one-cycle"}
 # Options of the second stage, None: without a teacher; no second stage for the student of the first.

@@ -27,6 +27,10 @@ from neuraldeps_kernels.ops.chunked_retrieval import (  # noqa: E402  needs the 
     k_reciprocal_rerank_chunked,
     knn_chunked,
 )
+from neuraldeps_kernels.ops.closed_form_discriminator import (  # noqa: E402  needs the operators
+    closed_form_discriminator,
+    effective_sample_size,
+)
 from neuraldeps_kernels.ops.covariance import (  # noqa: E402  needs the operators
     CovarianceAccumulator,
     CrossCovariance,
@@ -53,6 +57,7 @@ from neuraldeps_kernels.ops.factored import FactoredCovariance  # noqa: E402  ne
 from neuraldeps_kernels.ops.fourier_filter import fourier_filter2d  # noqa: E402  needs the operators
 from neuraldeps_kernels.ops.gnn_rerank import gnn_rerank  # noqa: E402  needs the operators
 from neuraldeps_kernels.ops.pose_weighted_pool import pose_weighted_pool  # noqa: E402  needs the operators
+from neuraldeps_kernels.ops.projected_step import projected_step  # noqa: E402  needs the operators
 from neuraldeps_kernels.ops.query_expansion import (  # noqa: E402  needs the operators
     alpha_query_expansion,
     database_augmentation,
@@ -79,6 +84,7 @@ from neuraldeps_kernels.ops.spectrum import (  # noqa: E402  needs the operators
     effective_rank,
     low_rank_project,
     matrix_rank,
+    principal_directions,
     stable_rank,
     svdvals,
 )
@@ -107,6 +113,7 @@ __all__ = [
     "__version__",
     "alpha_query_expansion",
     "centred_affine",
+    "closed_form_discriminator",
     "covariance",
     "covlasso",
     "covlasso_path",
@@ -116,6 +123,7 @@ __all__ = [
     "distillation_kl",
     "domain_batch_norm",
     "effective_rank",
+    "effective_sample_size",
     "enqueue",
     "expanded_neighbors_rerank",
     "fourier_filter2d",
@@ -133,6 +141,8 @@ __all__ = [
     "momentum_update",
     "normalize",
     "pose_weighted_pool",
+    "principal_directions",
+    "projected_step",
     "queue_contrast",
     "region_mixup",
     "retrieval_metrics",

@@ -17,6 +17,7 @@ import neuraldeps_kernels
 
 # Per hot path the kernels that serve it on a CUDA device, best first; on the CPU C++ serves all.
 CUDA_KERNELS = {
+    "closed_form_discriminator": "Triton",
     "covariance": "Triton",
     "covlasso": "CUDA C++",
     "distillation_kl": "Triton",
@@ -24,6 +25,7 @@ CUDA_KERNELS = {
     "fourier_filter": "CUDA C++",
     "gnn_rerank": "CUDA C++",
     "pose_weighted_pool": "Triton",
+    "projected_step": "Triton",
     "queue_contrast": "Triton",
     "region_mixup": "Triton",
     "retrieval": "CUDA C++",

@@ -325,3 +325,8 @@ def test_gpu_equals_the_oracle(shape: tuple[int, ...], dtype: torch.dtype) -> No
     torch.testing.assert_close(loss.detach().double(), want, rtol=1e-5, atol=1e-30)
     (found,) = torch.autograd.grad(loss, student)
     torch.testing.assert_close(found.double(), gradient, rtol=0, atol=6 * GRADIENT_LIMIT[dtype])
+
+
+def test_sanitizers(assert_sanitized: Callable[..., None]) -> None:
+    """Both kernels, this one and queue_contrast, on arrays of exactly their sizes."""
+    assert_sanitized("distillation_sanitizer_driver.cpp", "distillation_kl.cpp", "queue_contrast.cpp")

@@ -232,6 +232,26 @@ def test_invariances() -> None:
     torch.testing.assert_close(shuffled.z, result.z[order], rtol=0, atol=1e-8)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_on_a_device(mode: str) -> None:
+    """Check T10: CPU = GPU within 1e-4."""
+    z0, options = normal(48, D), {"mode": mode, "rank": 2, "steps": 8, "coordinates": 4}
+
+    def descended(device: str) -> Tensor:
+        turned = W.to(device)
+        return principal_knowledge_descent(
+            lambda z: z @ turned.mT,
+            lambda x: x[:, 0] + 0.2 * torch.tanh(x[:, 1]),
+            z0.to(device),
+            1.5,
+            preserve_map=lambda x: x[:, 2:4],
+            **options,
+        ).z.cpu()
+
+    torch.testing.assert_close(descended("cuda"), descended("cpu"), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_preserved_directions(mode: str) -> None:
     """Check T12: no code moves along what is to be preserved."""

@@ -157,9 +157,8 @@ def test_attention_loss(N: int, K: int, seed: int) -> None:
     assert float(attention_loss(ideal, maps, visible)) == pytest.approx(entropy, abs=1e-9)
     shift = torch.zeros(3 * K + 1)
     shift[3 * (K - 1) :] = 7.0
-    assert float(attention_loss(features + shift[:, None, None], maps, visible)) == pytest.approx(
-        float(loss.detach()), abs=1e-6
-    )
+    shifted = attention_loss(features.detach() + shift[:, None, None], maps, visible)
+    assert float(shifted) == pytest.approx(float(loss.detach()), abs=1e-6)
     (gradient,) = torch.autograd.grad(loss, features)
     group = pgfl_kd.group_of_channel(3 * K + 1, K)
     assert not gradient[~visible[:, group]].any()
@@ -170,7 +169,7 @@ def test_attention_of_maps_of_zeros_is_finite() -> None:
     features = torch.randn(2, 8, 4, 2, requires_grad=True)
     for visible in (torch.zeros(2, 2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.bool)):
         loss = attention_loss(features, torch.zeros(2, 2, 4, 2), visible)
-        assert float(loss) == 0
+        assert float(loss.detach()) == 0
         assert not torch.autograd.grad(loss, features)[0].any()
 
 
@@ -379,16 +378,13 @@ def test_every_variant_of_the_study_runs(variant: str) -> None:
 
 @pytest.mark.slow
 def test_the_branches_help_the_main_one() -> None:
-    """Check 11: means of three seeds, occluded queries."""
+    """Check 11: means of three seeds that no weight was chosen on, occluded queries."""
+    variants, seeds = ("MB", "interaction", "pose at test"), (2, 3, 4)
+    found = {(variant, seed): reid_pgfl_kd.run(variant, seed) for variant in variants for seed in seeds}
 
     def mean(variant: str, metric: str) -> float:
-        return statistics.fmean(found[variant, seed][metric] for seed in range(3))
+        return statistics.fmean(found[variant, seed][metric] for seed in seeds)
 
-    found = {
-        (variant, seed): reid_pgfl_kd.run(variant, seed)
-        for variant in ("MB", "KD", "pose at test")
-        for seed in range(3)
-    }
-    assert mean("KD", "mINP") >= mean("MB", "mINP") + 0.01
-    assert mean("KD", "mAP") >= mean("MB", "mAP") + 0.005
-    assert mean("pose at test", "mAP") >= mean("KD", "mAP") - 0.01
+    assert mean("interaction", "mINP") >= mean("MB", "mINP") + 0.01
+    assert mean("interaction", "mAP") >= mean("MB", "mAP") + 0.005
+    assert mean("pose at test", "mAP") >= mean("interaction", "mAP") - 0.01

@@ -313,3 +313,9 @@ def test_every_instruction_set_level(
         result = run_python(LEVEL_PROGRAM, __file__.rpartition("/")[0], NEURALDEPS_CPU_LEVEL=level)
         assert result.returncode == 0, f"{level}: {result.stderr}"
         assert json.loads(result.stdout.splitlines()[-1]) == level
+
+
+def test_sanitizers(assert_sanitized: Callable[..., None]) -> None:
+    """Memory and arithmetic of the kernels of region_mixup and pose_weighted_pool."""
+    kernels = ("region_mixup.cpp", "pose_weighted_pool.cpp")
+    assert_sanitized("reid_ops_sanitizer_driver.cpp", *kernels, flags=["-O0"])  # a third of the time with -O1

@@ -139,3 +139,9 @@ def test_on_a_device(dtype: torch.dtype) -> None:
             torch.testing.assert_close(
                 value.cpu().double(), want, rtol=1e-5, atol=2e-5 if dtype == torch.float32 else 1e-12
             )
+
+
+def test_sanitizers(assert_sanitized: Callable[..., None]) -> None:
+    """Both kernels of knowledge extrapolation."""
+    kernels = ("closed_form_discriminator.cpp", "projected_step.cpp")
+    assert_sanitized("extrapolation_sanitizer_driver.cpp", *kernels)

@@ -470,6 +470,26 @@ def test_lists_of_another_search_engine(normalize: str) -> None:
         np.testing.assert_allclose(short.numpy(), jaccard, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("k", [2, 5, 21])
+def test_best_of_short_lists_are_those_of_the_whole_row(k: int) -> None:
+    """What no list holds counts as the last one listed, in a dense result as in top_k, ties by lower index."""
+    query, gallery = clustered(30, 6), clustered(100, 7)
+    d, indices = nk.knn(torch.cat([query, gallery]).double(), k)
+    arguments = (indices, d, 30)
+    dense = nk.k_reciprocal_rerank_from_neighbors(*arguments, row_max=d[:, -1])
+    wanted = dense.sort(dim=1, stable=True)
+    for top_k in (1, 10, 60, 100, 120):
+        best, found = nk.k_reciprocal_rerank_from_neighbors(*arguments, row_max=d[:, -1], top_k=top_k)
+        there = min(top_k, 100)
+        np.testing.assert_allclose(best[:, :there].numpy(), wanted.values[:, :there].numpy(), rtol=0, atol=1e-6)
+        assert (found[:, :there].sort(1).values.diff(dim=1) > 0).all()
+        np.testing.assert_allclose(
+            dense.gather(1, found[:, :there]).numpy(), best[:, :there].numpy(), rtol=0, atol=1e-6
+        )
+        assert best[:, there:].isinf().all()
+        assert (found[:, there:] == -1).all()
+
+
 def test_reference_equals_the_kernels() -> None:
     query, gallery = clustered(30, 8), clustered(90, 9)
     ours = torch.ops.neuraldeps.neighbor_lists(query, gallery, 21, 40, True, True)

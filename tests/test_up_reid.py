@@ -569,8 +569,8 @@ def test_check_9_the_preset_pre_trains_and_fine_tunes(tmp_path: Path, monkeypatc
     stages = cli_train.read_config("up-reid", "synthetic", None)
     assert [(stage.name, stage.model) for stage in stages] == [("pretraining", "up-reid"), ("fine-tuning", "baseline")]
     text = Path(stages[0].source).read_text(encoding="utf-8")
-    small = 'split = "pretraining"\ntrain_ids = 12\ntest_ids = 5\nunlabelled_cameras = 4\nunlabelled_ids = 8'
-    changes = {'split = "pretraining"': small + "\nheight = 16\nwidth = 8", "steps = 300": "steps = 4"}
+    small = 'split = "pretraining"\ntest_ids = 5\nunlabelled_cameras = 4\nunlabelled_ids = 8'
+    changes = {'split = "pretraining"': small + "\nheight = 16\nwidth = 8", "steps = 150": "steps = 4"}
     changes |= {"size = 64": "size = 8", "steps = 100": "steps = 3", "queue_size = 1024": "queue_size = 20"}
     for old, new in changes.items():
         assert old in text
@@ -583,7 +583,7 @@ def test_check_9_the_preset_pre_trains_and_fine_tunes(tmp_path: Path, monkeypatc
     kept, tuned = (load_checkpoint(tmp_path / "out" / stage.name / LAST) for stage in stages)
     assert (kept["step"], tuned["step"]) == (4, 3)
     assert (tmp_path / "out" / "metrics.json").is_file()
-    method = Baseline(ReidNetwork(small_network(), 12))
+    method = Baseline(ReidNetwork(small_network(), 6))
     stages[1].tables["start"] = {"network.backbone": f"{tmp_path}/out/pretraining/{LAST}:network.backbone"}
     cli_train.start(method, stages[1], {})
     name = "network.backbone.stages.0.conv.weight"
@@ -654,7 +654,7 @@ def test_study_runs(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_check_10_pre_training_helps_few_labels() -> None:
-    """Check 10: means of 3 seeds of the study."""
+    """Check 10: means of 3 seeds of the study, where 6 people have labels."""
     means = {
         variant: sum(reid_up_reid.run(variant, seed)["mAP"] for seed in range(3)) / 3
         for variant in reid_up_reid.VARIANTS

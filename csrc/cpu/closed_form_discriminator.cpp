@@ -69,20 +69,26 @@ double minimum(const T* l, Block block) {
   return sum_of_lanes<T>(unequal) > 0 ? __builtin_nan("") : -static_cast<double>(largest_lane<T>(-lowest));
 }
 
+// As many samples as a vector of double has lanes, in T.
+template <class T>
+using Samples __attribute__((vector_size(sizeof(T) * Vec<double>::W))) = T;
+
 // v of samples, and the sum of their y.
 template <class T>
 double tilt(const T* l, T* stored, double eta, double lowest, Block block) {
-  double sum = 0;
+  V<double> sum = {};
   over_vectors<double>(block.begin, block.end, [&](int64_t i, int64_t count) {
-    double part[Vec<double>::W] = {};
-    for (int64_t k = 0; k < count; k++) part[k] = static_cast<double>(l[i + k]);
-    const V<double> y = exp_of<double>((broadcast(lowest) - load(part)) * eta);
+    const auto bytes = static_cast<size_t>(count) * sizeof(T);
+    Samples<T> part = {};
+    count == Vec<double>::W ? __builtin_memcpy(&part, l + i, sizeof part) : __builtin_memcpy(&part, l + i, bytes);
+    const V<double> y = exp_of<double>((lowest - __builtin_convertvector(part, V<double>)) * eta);
     const V<double> e = 1.0 - y;
-    store(part, e > 0.5 ? -y : e);
-    for (int64_t k = 0; k < count; k++) stored[i + k] = static_cast<T>(part[k]);
-    sum += sum_of_lanes<double>(keep_first<double>(y, count, 0.0));
+    part = __builtin_convertvector(e > 0.5 ? -y : e, Samples<T>);
+    count == Vec<double>::W ? __builtin_memcpy(stored + i, &part, sizeof part)
+                            : __builtin_memcpy(stored + i, &part, bytes);
+    sum += count == Vec<double>::W ? y : keep_first<double>(y, count, 0.0);
   });
-  return sum;
+  return sum_of_lanes<double>(sum);
 }
 
 // Lanes that hold -y, which may be -0.

@@ -26,75 +26,101 @@ struct Code {
   T *moved, *direction;
 };
 
+template <class T>
+ND_INLINE V<T> load_some(const T* p, int64_t count) {
+  return count >= Vec<T>::W ? load(p) : load_part_as<T>(p, count);
+}
+template <class T>
+ND_INLINE void store_some(T* p, V<T> v, int64_t count) {
+  if (count >= Vec<T>::W)
+    store(p, v);
+  else
+    store_part_as(p, v, count);
+}
+
 // h, padded with zeros to whole vectors.
 template <class T>
-ND_INLINE V<T> descent(const Code<T>& code, T rho, int64_t i, int64_t count) {
-  const auto part = [&](const T* p) { return count == Vec<T>::W ? load(p + i) : load_part_as<T>(p + i, count); };
-  const V<T> g = part(code.gradient);
-  return code.origin == nullptr ? g : g + rho * (part(code.z) - part(code.origin));
+void descent(const Code<T>& code, T rho, int64_t d, T* h) {
+  for (int64_t i = 0; i < d; i += Vec<T>::W) {
+    const V<T> g = load_some(code.gradient + i, d - i);
+    store(h + i,
+          code.origin == nullptr ? g : g + rho * (load_some(code.z + i, d - i) - load_some(code.origin + i, d - i)));
+  }
 }
 
 // products[k] = h . u_k for `n` <= kTogether rows u_k of the basis.
 template <class T, int n>
-void multiply(const T* h, const T* basis, int64_t d, double* products) {
+ND_INLINE void multiply(const T* h, const T* basis, int64_t d, T* products) {
   constexpr int W = Vec<T>::W;
-  for (int k = 0; k < n; k++) products[k] = 0;
+  double totals[n] = {};
   for (int64_t begin = 0; begin < d; begin += kRun) {
-    V<T> sums[n] = {};
+    V<T> even[n] = {}, odd[n] = {};
     const int64_t end = smaller(begin + kRun, d);
-    for (int64_t i = begin; i < end; i += W)
-      for (int k = 0; k < n; k++)
-        sums[k] += load(h + i) * (end - i >= W ? load(basis + k * d + i) : load_part_as<T>(basis + k * d + i, end - i));
-    for (int k = 0; k < n; k++) products[k] += sum_of_lanes<T>(sums[k]);
+    int64_t i = begin;
+    for (; i + 2 * W <= end; i += 2 * W)
+      for (int k = 0; k < n; k++) {
+        even[k] += load(h + i) * load(basis + k * d + i);
+        odd[k] += load(h + i + W) * load(basis + k * d + i + W);
+      }
+    for (; i < end; i += W)
+      for (int k = 0; k < n; k++) even[k] += load(h + i) * load_some(basis + k * d + i, end - i);
+    for (int k = 0; k < n; k++) totals[k] += sum_of_lanes<T>(even[k] + odd[k]);
   }
+  for (int k = 0; k < n; k++) products[k] = static_cast<T>(totals[k]);
 }
 
+// sum + sum_k products[k] u_k in one vector.
 template <class T, int n>
-void add(const T* basis, const double* products, int64_t d, T* p) {
-  constexpr int W = Vec<T>::W;
-  for (int64_t i = 0; i < d; i += W) {
-    V<T> sum = load(p + i);
-    for (int k = 0; k < n; k++)
-      sum += static_cast<T>(products[k]) *
-             (d - i >= W ? load(basis + k * d + i) : load_part_as<T>(basis + k * d + i, d - i));
-    store(p + i, sum);
-  }
+ND_INLINE V<T> combined(const T* basis, const T* products, int64_t d, int64_t i, V<T> sum) {
+  for (int k = 0; k < n; k++) sum += products[k] * load_some(basis + k * d + i, d - i);
+  return sum;
 }
 
+// The last `n` rows of the basis: p from the part of earlier rows, null if there are none; z' and |p|^2.
 template <class T, int n>
-void project_on(const T* h, const T* basis, int64_t d, T* p) {
-  double products[n];
-  multiply<T, n>(h, basis, d, products);
-  add<T, n>(basis, products, d, p);
+double finish(const Code<T>& code, const T* h, const T* basis, int64_t d, T a, const T* earlier) {
+  T products[n > 0 ? n : 1];
+  if constexpr (n > 0) multiply<T, n>(h, basis, d, products);
+  double squares = 0;
+  for (int64_t begin = 0; begin < d; begin += kRun) {
+    V<T> lanes = {};
+    const int64_t end = smaller(begin + kRun, d);
+    for (int64_t i = begin; i < end; i += Vec<T>::W) {
+      const V<T> p = combined<T, n>(basis, products, d, i, earlier == nullptr ? V<T>{} : load(earlier + i));
+      store_some(code.direction + i, p, d - i);
+      store_some(code.moved + i, load_some(code.z + i, d - i) - a * p, d - i);
+      lanes += p * p;
+    }
+    squares += sum_of_lanes<T>(lanes);
+  }
+  return squares;
 }
 
 // workspace: 2 times d rounded up to whole vectors.
 template <class T>
 double step(const Code<T>& code, const T* basis, int64_t R, int64_t d, T rho, T a, T* workspace) {
-  constexpr int W = Vec<T>::W;
-  const int64_t room = round_up(d, W);
-  T *const h = workspace, *const p = workspace + room;
-  for (int64_t i = 0; i < d; i += W) {
-    store(h + i, descent(code, rho, i, smaller(W, d - i)));
-    store(p + i, V<T>{});
+  T *const h = workspace, *const p = workspace + round_up(d, Vec<T>::W);
+  descent(code, rho, d, h);
+  const T* earlier = nullptr;
+  for (; R > kTogether; R -= kTogether, basis += kTogether * d) {
+    T products[kTogether];
+    multiply<T, kTogether>(h, basis, d, products);
+    for (int64_t i = 0; i < d; i += Vec<T>::W)
+      store(p + i, combined<T, kTogether>(basis, products, d, i, earlier == nullptr ? V<T>{} : load(p + i)));
+    earlier = p;
   }
-  for (; R >= kTogether; R -= kTogether, basis += kTogether * d) project_on<T, kTogether>(h, basis, d, p);
-  for (; R > 0; R--, basis += d) project_on<T, 1>(h, basis, d, p);
-  double squares = 0;
-  for (int64_t i = 0; i < d; i += W) {
-    const int64_t count = smaller(W, d - i);
-    const V<T> step = load(p + i);
-    const V<T> z = count == W ? load(code.z + i) : load_part_as<T>(code.z + i, count);
-    if (count == W) {
-      store(code.moved + i, z - a * step);
-      store(code.direction + i, step);
-    } else {
-      store_part_as(code.moved + i, z - a * step, count);
-      store_part_as(code.direction + i, step, count);
-    }
-    squares += sum_of_lanes<T>(step * step);
+  switch (R) {
+    case 0:
+      return finish<T, 0>(code, h, basis, d, a, earlier);
+    case 1:
+      return finish<T, 1>(code, h, basis, d, a, earlier);
+    case 2:
+      return finish<T, 2>(code, h, basis, d, a, earlier);
+    case 3:
+      return finish<T, 3>(code, h, basis, d, a, earlier);
+    default:
+      return finish<T, kTogether>(code, h, basis, d, a, earlier);
   }
-  return squares;
 }
 
 template <class T>

@@ -111,6 +111,29 @@ __attribute__((noinline)) void multiply(const T* a, int64_t a_stride, const T* p
   }
 }
 
+// Lane l of a where l has not the bit h, else lane l - h of b; kUpper: lane l + h of a, else lane l of b.
+template <int h, bool kUpper, class Vector, int... l>
+ND_INLINE Vector exchanged(Vector a, Vector b, Lanes<l...>) {
+  constexpr int W = sizeof...(l);
+  return __builtin_shufflevector(a, b, (kUpper ? ((l & h) ? W + l : l + h) : ((l & h) ? W + l - h : l))...);
+}
+
+// W x W values transposed, from bit h of their places on.
+template <int h, class T>
+ND_INLINE void transpose(V<T> (&v)[Vec<T>::W]) {
+  if constexpr (h < Vec<T>::W) {
+    using All = typename LanesUpTo<Vec<T>::W>::t;
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec<T>::W; i++) {
+      if (i & h) continue;
+      const V<T> a = v[i], b = v[i + h];
+      v[i] = exchanged<h, false>(a, b, All());
+      v[i + h] = exchanged<h, true>(a, b, All());
+    }
+    transpose<2 * h, T>(v);
+  }
+}
+
 // Rows [first, first + count) of the queue: `rows` [depth / NR, kTile, NR] and `columns` [kTile / NR, d, NR], zeros
 // beyond them.
 template <class T, class In>
@@ -124,9 +147,18 @@ void pack_tile(const QueueContrastArgs& args, const Plan<T>& plan, int64_t first
       store(rows + (c / NR * kTile + j) * NR + c % NR, v);
     }
   }
-  for (int64_t j = 0; j < kTile; j++) {
+  for (int64_t j = 0; j < kTile; j += W) {
     T* to = columns + j / NR * args.d * NR + j % NR;
-    for (int64_t c = 0; c < args.d; c++) to[c * NR] = rows[(c / NR * kTile + j) * NR + c % NR];
+    for (int64_t c = 0; c < args.d; c += W) {
+      V<T> block[W];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; i++) block[i] = load(rows + (c / NR * kTile + j + i) * NR + c % NR);
+      transpose<1, T>(block);
+      const int64_t wanted = smaller(W, args.d - c);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; i++)
+        if (i < wanted) store(to + (c + i) * NR, block[i]);
+    }
   }
 }
 

@@ -227,7 +227,7 @@ struct Best {
 };
 
 // Top rows of one query. Exact: what is not listed and shares nothing is at least (1 - lambda) + lambda t_last, what
-// is not listed and shares is at least (1 - lambda) Jaccard + lambda t_last.
+// is not listed and shares is at least (1 - lambda) Jaccard + lambda t_last. Without features t_last is their t.
 struct QueryScorer {
   const Encoding& encoding;
   const Lists& lists;
@@ -272,7 +272,7 @@ struct QueryScorer {
       if (entry > 0) sharing.push_back({(1 - lambda) * jaccard(entry), j});
       entry = 0;
     }
-    const double last = lambda * original(lists.key[i * lists.k + lists.k - 1], largest, options);
+    const double last = lambda * last_listed(i);
     std::make_heap(sharing.begin(), sharing.end(), [](const Scored& a, const Scored& b) { return b < a; });
     while (!sharing.empty()) {
       std::pop_heap(sharing.begin(), sharing.end(), [](const Scored& a, const Scored& b) { return b < a; });
@@ -283,18 +283,35 @@ struct QueryScorer {
           features.dim == 0 ? last : lambda * original(squared_distance(features, i, next.index), largest, options);
       best.offer({next.distance + t, next.index - encoding.num_queries});
     }
-    return features.dim == 0 || lists.k == encoding.rows || best.worst() <= (1 - lambda) + last;
+    const double least = (1 - lambda) + last;
+    return lists.k == encoding.rows || best.worst() < least || (features.dim > 0 && best.worst() == least);
   }
 
-  // The same from all distances.
+  // The same from all rows.
   void rescan(int64_t i, Best& best) {
     best.found.clear();
     for_each_shared(encoding, columns, i, [&](int32_t j, float least) { shared[static_cast<size_t>(j)] += least; });
-    for (int64_t j = encoding.num_queries; j < encoding.rows; j++) {
-      const double t = original(squared_distance(features, i, j), lists.largest[i], options);
-      best.offer({mixed(shared[static_cast<size_t>(j)], t), j - encoding.num_queries});
-      shared[static_cast<size_t>(j)] = 0;
+    const double largest = lists.largest[i];
+    for (int64_t a = 0; a < lists.k; a++) {
+      const int64_t j = lists.index[i * lists.k + a];
+      if (j < encoding.num_queries) continue;
+      float& entry = shared[static_cast<size_t>(j)];
+      best.offer({mixed(entry, original(lists.key[i * lists.k + a], largest, options)), j - encoding.num_queries});
+      entry = kSeen;
     }
+    for (int64_t j = encoding.num_queries; j < encoding.rows; j++) {
+      float& entry = shared[static_cast<size_t>(j)];
+      if (entry != kSeen) {
+        const double t =
+            features.dim == 0 ? last_listed(i) : original(squared_distance(features, i, j), largest, options);
+        best.offer({mixed(entry, t), j - encoding.num_queries});
+      }
+      entry = 0;
+    }
+  }
+
+  double last_listed(int64_t i) const {
+    return original(lists.key[i * lists.k + lists.k - 1], lists.largest[i], options);
   }
 };
 

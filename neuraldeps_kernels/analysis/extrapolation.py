@@ -56,6 +56,7 @@ LARGEST_SHARE = 1 - 1e-6  # of s = 1 - D
 _REACH, _COARSE, _FINE = 6.0, 25, 9  # of a line through z0: half its length, and points of the two searches on it
 _FACTORS = 5  # singular vectors of the first layer that are tried
 _FOLDS, _HIDDEN = 5, 64  # of the classifiers
+_OWN_STREAM = 1 << 32  # added to seeds, so that the prior is not drawn as z0 was
 
 
 # ------------------------------------------------------------------------------------------------ metrics
@@ -366,7 +367,7 @@ class _Study:
                 f"z0 must be [B, d] or [B, L, d] on the CPU with B >= {2 * _FOLDS}, not {list(z0.shape)} on {z0.device}"
             )
         self._generator, self._knowledge, self._whitening = generator, knowledge, whitening
-        self._batch, self._random = batch_size, torch.Generator().manual_seed(seed)
+        self._batch, self._random = batch_size, torch.Generator().manual_seed(seed + _OWN_STREAM)
         self.evaluations = 0
         self.origin = self._encoded(z0)
         if isinstance(prior, int):
@@ -494,17 +495,15 @@ class _Measure:
         seed: int,
     ) -> None:
         self.study, self.goal, self.c, self.tilt, self.seed = study, goal, c, tilt, seed
-        self.scorer = study.knowledge if scorer is None else scorer
-        self.attributes = attributes
 
         def others(x: Tensor) -> Tensor:
             return torch.cat([_columns(attribute(x)) for attribute in attributes.values()], 1)
 
-        self.others = others if attributes else None
-        self.features = features or self.others or pooled
-        self._score = _Standardised(self.scorer, study)
-        self._feature = _Standardised(self.features, study)
-        self._other = None if self.others is None else _Standardised(self.others, study)
+        self._score = _Standardised(scorer or study.knowledge, study)
+        if self._score.prior.shape[1] != len(goal):
+            raise ValueError(f"scorer must tell {len(goal)} values as knowledge does, not {self._score.prior.shape[1]}")
+        self._feature = _Standardised(features or (others if attributes else pooled), study)
+        self._other = _Standardised(others, study) if attributes else None
         rows = torch.randperm(len(study.prior), generator=torch.Generator().manual_seed(seed))[: len(study.origin)]
         self._drawn = self._feature.prior[rows], study.k_prior[rows]
 
@@ -549,12 +548,13 @@ class _Measure:
 
 
 class _Standardised:
-    """Features less their mean, over their deviation on the prior; those of the prior and of z0 are kept."""
+    """Features less their mean, over their deviation on the prior (1 where that is 0); keeps those of prior and z0."""
 
     def __init__(self, feature: Knowledge, study: _Study) -> None:
         self._feature = feature
         raw = study.values(feature, study.prior)
-        self._mean, self._spread = raw.mean(0), raw.std(0).clamp_min(torch.finfo(raw.dtype).tiny)
+        spread = raw.std(0)
+        self._mean, self._spread = raw.mean(0), torch.where(spread > 0, spread, 1.0)
         self.prior = (raw - self._mean) / self._spread
         self.origin = study.values(self, study.origin)
 

@@ -1,6 +1,6 @@
 """Pictures of one soft-edged disc with known factors, for generators whose factors of variation are to be measured.
 
-    factors [N, 5], each in 0..1: hue (red to blue), x and y (position of the centre), size, background (its grey)
+factors [N, 5], each in 0..1: hue (red to blue), x and y (position of the centre), size, background (its grey)
 """
 
 from __future__ import annotations

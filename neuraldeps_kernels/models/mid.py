@@ -33,7 +33,6 @@ from neuraldeps_kernels.models.mixing_agent import (
     AgentOptions,
     MixingAgent,
     Transition,
-    of_all_ranks,
     rows_of_rank,
 )
 from neuraldeps_kernels.models.reid_network import Outputs, ReidNetwork
@@ -43,7 +42,7 @@ from neuraldeps_kernels.models.reid_training import (
     batch_hard_triplet_losses,
     identity_losses,
 )
-from neuraldeps_kernels.models.training import Method
+from neuraldeps_kernels.models.training import Method, of_all_ranks
 from neuraldeps_kernels.nn.conversion import convert_domain_batch_norm
 from neuraldeps_kernels.nn.decomposed_conv import (
     NUM_BASIS,

@@ -24,10 +24,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, softplus
 
+from neuraldeps_kernels.models.training import of_all_ranks, rank_and_ranks
 from neuraldeps_kernels.ops.queue_contrast import momentum_update
 
 ALGORITHMS = ("ddpg", "a2c")
@@ -316,27 +316,10 @@ class MixingAgent(nn.Module):
         self._generator.set_state(state["generator"].cpu())
 
 
-def rank_and_ranks() -> tuple[int, int]:
-    """Number of this process, and how many there are."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def rows_of_rank(number: int, draw: Callable[[int], Tensor]) -> Tensor:
     """`number` random rows of this process; all processes draw those of all, so that their generators stay alike."""
     rank, ranks = rank_and_ranks()
     return draw(number * ranks)[rank * number : (rank + 1) * number]
-
-
-def of_all_ranks(rows: Tensor) -> Tensor:
-    """Rows [n, ...] of each process, one after the other; every process has as many."""
-    _, ranks = rank_and_ranks()
-    if ranks == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(ranks)]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
 
 
 def _value(critic: nn.Module, state: Tensor, action: Tensor | None = None) -> Tensor:

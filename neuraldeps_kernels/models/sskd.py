@@ -163,6 +163,7 @@ def with_streams(network: nn.Module) -> None:
         for name, norm in module.named_children():
             if type(norm) in _STREAM_NORMS and norm.track_running_stats:
                 made = _STREAM_NORMS[type(norm)](norm.num_features, norm.eps, norm.momentum, norm.affine)  # type: ignore[arg-type]
+                assert isinstance(norm.running_mean, Tensor)
                 made.to(norm.running_mean).load_state_dict(norm.state_dict())
                 made.weight, made.bias = norm.weight, norm.bias  # type: ignore[assignment]
                 made.train(norm.training)

@@ -156,7 +156,7 @@ def train(
     """
     given = dict(locals())
     _check_options(given)
-    rank, ranks = _place()
+    rank, ranks = rank_and_ranks()
     device, folder = torch.device(device), None if out is None else Path(out)
     part = batches.of_rank(rank, ranks)
     method.to(device).train()
@@ -305,7 +305,7 @@ class _Run:
             self.schedule.load_state_dict(content["schedule"])
             self.scaler.load_state_dict(content["scaler"])
             self.step, self.best = content["step"], content["best"]
-            _set_random_state(content["random"][_place()[0]])
+            _set_random_state(content["random"][rank_and_ranks()[0]])
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{path}: does not fit the training: {shorten(str(error), _SHOWN)}") from error
 
@@ -376,11 +376,21 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _place() -> tuple[int, int]:
-    """Rank and number of ranks."""
+def rank_and_ranks() -> tuple[int, int]:
+    """Number of this process, and how many there are."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def of_all_ranks(rows: Tensor) -> Tensor:
+    """Rows [n, ...] of each process, one after the other; every process has as many."""
+    _, ranks = rank_and_ranks()
+    if ranks == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(ranks)]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------------------ optimisation

@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from neuraldeps_kernels.data.batches import Batch, View
-from neuraldeps_kernels.models.mixing_agent import of_all_ranks, rank_and_ranks
 from neuraldeps_kernels.models.reid_network import ReidNetwork
-from neuraldeps_kernels.models.training import Method
+from neuraldeps_kernels.models.training import Method, of_all_ranks, rank_and_ranks
 from neuraldeps_kernels.ops.queue_contrast import enqueue, momentum_update, queue_contrast
 
 MININGS = ("patches", "negatives", "none")

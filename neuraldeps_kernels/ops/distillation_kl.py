@@ -102,7 +102,7 @@ def _fake_backward(grad: Tensor, student: Tensor, teacher: Tensor, statistics: T
 
 
 def _on_cuda(name: str, plain: Any) -> Any:
-    """The Triton kernel of that name; the reference where triton is not installed."""
+    """The Triton kernel of the operator; the reference where triton is not installed."""
 
     @functools.wraps(plain)
     def run(*args: Any) -> Any:

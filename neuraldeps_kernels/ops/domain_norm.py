@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from neuraldeps_kernels.ops.layouts import result_like
 from neuraldeps_kernels.profiling import annotated
 from neuraldeps_kernels.reference import domain_norm as reference
 
@@ -639,19 +640,12 @@ def _save_for_domains(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.save_for_backward(x, domain, weight, mean, variance, count, y if activation == "relu" else None)
 
 
-def _like(x: Tensor) -> Tensor:
-    """What a result of the shape of x is: in its layout if that is contiguous or channels-last, else contiguous."""
-    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
-        return x.new_empty_strided(x.shape, x.stride())
-    return x.new_empty(x.shape)
-
-
 def _table_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=_statistics_dtype(x))
 
 
 def _fake_affine(x: Tensor, *_: Any) -> Tensor:
-    return _like(x)
+    return result_like(x)
 
 
 def _fake_sums(grad: Tensor, x: Tensor, mean: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -659,20 +653,20 @@ def _fake_sums(grad: Tensor, x: Tensor, mean: Tensor, y: Tensor | None) -> tuple
 
 
 def _fake_input_grad(grad: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(x) if rest[-1] and grad is not None else x.new_empty(0)
+    return result_like(x), result_like(x) if rest[-1] and grad is not None else x.new_empty(0)
 
 
 def _fake_domains(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     D = args[6]
     statistics = (x.new_empty((D, x.shape[1]), dtype=torch.float64) for _ in range(2))
-    return _like(x), *statistics, x.new_empty((D,), dtype=torch.int64)  # type: ignore[return-value]
+    return result_like(x), *statistics, x.new_empty((D,), dtype=torch.int64)  # type: ignore[return-value]
 
 
 def _fake_domains_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, (shared_affine, residual) = args[2], args[-2:]
     shape = mean.shape[1:] if shared_affine else mean.shape
     gradients = (x.new_empty(shape, dtype=_statistics_dtype(x)) for _ in range(2))
-    return _like(x), *gradients, _like(x) if residual else x.new_empty(0)  # type: ignore[return-value]
+    return result_like(x), *gradients, result_like(x) if residual else x.new_empty(0)  # type: ignore[return-value]
 
 
 def _fold_samples(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:

@@ -8,7 +8,7 @@ Operator `torch.ops.neuraldeps.queue_contrast(q, k, queue, original, temperature
 kept for the backward, so the queue may change in between. CPU: csrc/torch/queue_contrast.cpp,
 csrc/cpu/queue_contrast.cpp. CUDA: triton/queue_contrast.py, else reference/queue_contrast.py.
 
-`momentum_update` and `enqueue` are torch's own multi-tensor and indexed operations.
+`momentum_update` and `enqueue` are torch's own multi-tensor and indexed operations, on every device.
 
 Source: momentum contrast as in LUPerson; global consistency as reconstructed for UP-ReID (arXiv 2112.00317).
 """
