@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, normalize, softmax
 
-from benchmarks.bench_reid_ops import Step
-from benchmarks.bench_reid_ops import fused_case as step_case
+from benchmarks.bench_reid_ops import Step, step_case
 from benchmarks.harness import Budget, Case, Contender, Recipe, measured_rates
 from neuraldeps_kernels import distillation_kl, momentum_update, queue_contrast
 from neuraldeps_kernels.models.resnet import ResNet

@@ -111,10 +111,10 @@ def cases(budget: Budget, options: argparse.Namespace) -> Iterator[Recipe]:
         step = make()
         for backward in (False, True):
             name = f"reid_ops {step.name}{' backward' * backward}"
-            yield Recipe(name, lambda name=name, make=make, back=backward: fused_case(name, make(), back, budget.quick))  # type: ignore[misc]
+            yield Recipe(name, lambda name=name, make=make, back=backward: step_case(name, make(), back, budget.quick))  # type: ignore[misc]
 
 
-def fused_case(name: str, step: Step, backward: bool, quick: bool) -> Case:
+def step_case(name: str, step: Step, backward: bool, quick: bool) -> Case:
     wide = tuple(x.double() for x in step.inputs)
     plain = next(iter(step.peers.values()))
     grad = torch.randn(plain(*step.inputs).shape, generator=torch.Generator().manual_seed(1))

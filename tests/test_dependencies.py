@@ -30,11 +30,11 @@ from neuraldeps_kernels.analysis import (
 )
 from neuraldeps_kernels.analysis.dependencies import CURVE_RATIOS, json_text
 from neuraldeps_kernels.analysis.inputs import held_out_mask
-from neuraldeps_kernels.analysis.progress import track
 from neuraldeps_kernels.analysis.selection import chosen, path_ratios
 from neuraldeps_kernels.analysis.stability import draws
 from neuraldeps_kernels.analysis.substitution import Samples, roc_auc, top_logits
 from neuraldeps_kernels.ops.covlasso import covlasso
+from neuraldeps_kernels.progress import track
 
 # ------------------------------------------------------------------------------------------------ finding
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton_lane
 from torch import Tensor
 
 from neuraldeps_kernels.reference import domain_norm as reference
@@ -479,12 +480,7 @@ def compiled_resources(arch: int) -> dict[str, dict[str, int]]:
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_without_spills(arch: int, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, __file__, str(arch)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    for label, used in json.loads(result.stdout.splitlines()[-1]).items():
+    for label, used in triton_lane.resources(__file__, arch, tmp_path).items():
         assert used["stack"] <= 8, (label, used)  # two registers
         assert used["atomics"] == 0, (label, used)
         assert used["shared"] <= 48 * 1024, (label, used)

@@ -102,6 +102,11 @@ def launches() -> dict[str, triton_lane.Launch]:
 @pytest.mark.parametrize("arch", triton_lane.ARCHITECTURES)
 def test_compiles_without_spills(arch: int, tmp_path: Path) -> None:
     used = triton_lane.resources(__file__, arch, tmp_path)
+    for label, values in used.items():
+        assert values["stack"] <= 8, (label, values)  # two registers
+        assert values["atomics"] == 0, (label, values)
+        assert values["shared"] <= 96 * 1024, (label, values)
+        assert values["registers"] * values["threads"] <= 65536, (label, values)
     assert {label.split()[0] for label in used} == {
         "tilt_kernel",
         "sums_kernel",

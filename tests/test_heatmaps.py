@@ -110,5 +110,5 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="sigma must be positive and finite, not nan"):
         m.part_heatmaps(joints, HEIGHT, WIDTH, H, W, math.nan)
     for group in ((), (3, 17)):
-        with pytest.raises(ValueError, match="groups must hold joints of 0..16"):
+        with pytest.raises(ValueError, match=r"groups must hold joints of 0\.\.16"):
             m.part_heatmaps(joints, HEIGHT, WIDTH, H, W, groups=[(0,), group])

@@ -7,14 +7,13 @@ GPUs that need not be there (marker `compile`); the two lanes cannot share a pro
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton_lane
 
 from neuraldeps_kernels.ops import queue_contrast as ops
 from neuraldeps_kernels.reference import queue_contrast as reference
@@ -124,12 +123,7 @@ def compiled_resources(arch: int) -> dict[str, dict[str, int]]:
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_without_spills(arch: int, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, __file__, str(arch)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    for label, used in json.loads(result.stdout.splitlines()[-1]).items():
+    for label, used in triton_lane.resources(__file__, arch, tmp_path).items():
         assert used["stack"] == used["spills"] == 0, (label, used)
         assert used["shared"] <= 99 * 1024, (label, used)  # what a program may have on every architecture
         # Chips of 12.0 have no tensor cores for float64.

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton_lane
 
 from neuraldeps_kernels.ops import covariance as ops
 from neuraldeps_kernels.reference import covariance as reference
@@ -224,13 +225,7 @@ def compiled_resources(arch: int) -> dict[str, dict[str, int]]:
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_without_spills(arch: int, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, __file__, str(arch)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    for label, used in found.items():
+    for label, used in triton_lane.resources(__file__, arch, tmp_path).items():
         assert used["stack"] == used["spills"] == 0, (label, used)
         assert used["shared"] <= 99 * 1024, (label, used)  # what a program may have on every architecture
         # Chips of 12.0 have no tensor cores for float64.

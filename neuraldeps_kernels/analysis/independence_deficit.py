@@ -26,9 +26,9 @@ from torch import Tensor
 
 from neuraldeps_kernels.analysis.formatting import cell, json_text, without_nan, written
 from neuraldeps_kernels.analysis.inputs import checked_names
-from neuraldeps_kernels.analysis.progress import track
 from neuraldeps_kernels.ops.covariance import covariance
 from neuraldeps_kernels.ops.covlasso import STATUS_NAMES, covlasso
+from neuraldeps_kernels.progress import track
 
 if TYPE_CHECKING:
     from rich.table import Table

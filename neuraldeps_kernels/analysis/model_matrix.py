@@ -21,8 +21,8 @@ from torch import Tensor
 
 from neuraldeps_kernels.analysis.dependencies import find_dependencies
 from neuraldeps_kernels.analysis.formatting import cell, json_text, quantile, without_nan, written
-from neuraldeps_kernels.analysis.progress import track
 from neuraldeps_kernels.analysis.report import DependencyReport
+from neuraldeps_kernels.progress import track
 
 if TYPE_CHECKING:
     from rich.table import Table

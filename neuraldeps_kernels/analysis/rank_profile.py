@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from neuraldeps_kernels.analysis.formatting import json_text, without_nan, written
 from neuraldeps_kernels.analysis.network_layers import Layer, find_layers, measuring
-from neuraldeps_kernels.analysis.progress import progress_bar
 from neuraldeps_kernels.analysis.rank_tools import (
     EPS32,
     ClassificationDimension,
@@ -35,6 +34,7 @@ from neuraldeps_kernels.analysis.rank_tools import (
     perturbed_covariances,
 )
 from neuraldeps_kernels.ops.spectrum import matrix_rank, svdvals
+from neuraldeps_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neuraldeps_kernels.analysis.fitting import Fit, Problem, Sparsity
 from neuraldeps_kernels.analysis.inputs import Rows
-from neuraldeps_kernels.analysis.progress import track
+from neuraldeps_kernels.progress import track
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from neuraldeps_kernels.analysis import DependencyReport, LogitStatistics, find_dependencies
 from neuraldeps_kernels.analysis.formatting import json_text
-from neuraldeps_kernels.analysis.progress import progress_bar
 from neuraldeps_kernels.cli.output import check_output, console, curve_rows, curve_table, messages, output_folder
 from neuraldeps_kernels.data.logits import imagenet_class_names, load_imagenet_covariance
+from neuraldeps_kernels.progress import progress_bar
 
 NETWORKS = ("efficientnet-lite0", "efficientnet-lite1")
 MIN_PICTURES = 10

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from neuraldeps_kernels.analysis.extrapolation import METHODS, PRINCIPAL, ExtrapolationReport, compare_extrapolations
 from neuraldeps_kernels.analysis.formatting import json_text
-from neuraldeps_kernels.analysis.progress import track
 from neuraldeps_kernels.cli import options as o
 from neuraldeps_kernels.cli.output import check_output, console, messages, output_folder
 from neuraldeps_kernels.data.rendered_shapes import FACTORS
@@ -35,6 +34,7 @@ from neuraldeps_kernels.models.knowledge_extrapolation import (
     joint_directions,
     knowledge_directions,
 )
+from neuraldeps_kernels.progress import track
 
 REFRESH = 5  # steps from one principal subspace to the next
 PROBE_CODES = 4096  # samples that a probe of --probe is trained on

@@ -21,12 +21,12 @@ from neuraldeps_kernels.analysis.independence_deficit import (
     independence_deficit,
 )
 from neuraldeps_kernels.analysis.network_layers import measuring
-from neuraldeps_kernels.analysis.progress import track
 from neuraldeps_kernels.analysis.rank_profile import CANVASES, MEASURES, RankProfile, rank_profile
 from neuraldeps_kernels.cli import options as o
 from neuraldeps_kernels.cli.output import check_output, console, messages, output_folder
 from neuraldeps_kernels.data.logits import imagenet_class_names, read_logits
 from neuraldeps_kernels.models.backbones import SIZE, backbone
+from neuraldeps_kernels.progress import track
 
 DEFAULT_NETWORK = "efficientnet-lite0"
 DEFICIT = "deficit"

@@ -12,7 +12,6 @@ import typer
 from torch import Tensor
 
 from neuraldeps_kernels.analysis.formatting import json_text
-from neuraldeps_kernels.analysis.progress import progress_bar
 from neuraldeps_kernels.cli import options as o
 from neuraldeps_kernels.cli.output import check_output, console, messages, output_folder
 from neuraldeps_kernels.data.features import Features, read_features
@@ -22,6 +21,7 @@ from neuraldeps_kernels.ops import retrieval_metrics as metrics
 from neuraldeps_kernels.ops.gnn_rerank import gnn_rerank
 from neuraldeps_kernels.ops.retrieval import METRICS, k_reciprocal_rerank, knn
 from neuraldeps_kernels.ops.retrieval_metrics import RetrievalMetrics, metrics_table
+from neuraldeps_kernels.progress import progress_bar
 
 RANKING = "ranking.npz"  # distances [nq, ng], or with indices [nq, K]
 K_RECIPROCAL, GNN, EXPANDED, EXPANSION = "k-reciprocal", "gnn", "expanded-neighbors", "query-expansion"

@@ -34,7 +34,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from neuraldeps_kernels.analysis.progress import progress_bar, track
 from neuraldeps_kernels.data.batches import Augmentation, Batch, Batches, Pictures
 from neuraldeps_kernels.ops.retrieval import k_reciprocal_rerank
 from neuraldeps_kernels.ops.retrieval_metrics import (
@@ -42,6 +41,7 @@ from neuraldeps_kernels.ops.retrieval_metrics import (
     retrieval_metrics,
     retrieval_metrics_from_features,
 )
+from neuraldeps_kernels.progress import progress_bar, track
 
 Rows = Tensor | slice  # numbers, bool [N] or a slice
 
