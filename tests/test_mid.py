@@ -725,14 +725,14 @@ def study() -> Study:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_check_7_agent_earns_more_than_random_ratios(study: Study) -> None:
     """Check 7: mean reward on the rendered pedestrians, in the last quarter of the training, for each seed."""
     for ours, random_ones in zip(study["agent"][1], study["random regions"][1], strict=True):
         assert ours > random_ones
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_check_11_agent_beside_its_controls(study: Study) -> None:
     """Check 11: all variants, the constant ratio among them, learn and are printed; the agent is no worse than chance.
 

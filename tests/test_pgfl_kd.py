@@ -376,7 +376,7 @@ def test_every_variant_of_the_study_runs(variant: str) -> None:
     assert all(0 <= value <= 1 for value in found.values())
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_branches_help_the_main_one() -> None:
     """Check 11: means of three seeds that no weight was chosen on, occluded queries."""
     variants, seeds = ("MB", "interaction", "pose at test"), (2, 3, 4)

@@ -457,7 +457,7 @@ def test_check_9_distillation_of_unseen_pictures() -> None:
     assert loss() <= 0.5 * first
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_check_9_students_in_new_domains() -> None:
     """Mean of three seeds: 3 points of mAP above the first stage, and not below the control of equal steps by 1."""
     from benchmarks import reid_sskd

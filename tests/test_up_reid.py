@@ -652,7 +652,7 @@ def test_study_runs(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(0 < value <= 1 for value in metrics.values())
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_check_10_pre_training_helps_few_labels() -> None:
     """Check 10: means of 3 seeds of the study, where 6 people have labels."""
     means = {
