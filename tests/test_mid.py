@@ -261,7 +261,7 @@ def test_check_7_agent_learns_a_linear_target(horizon: int, algorithm: str) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(("horizon", "algorithm"), [(1, "ddpg"), (3, "ddpg"), (1, "a2c"), (3, "a2c")])
 def test_check_7_agent_learns_from_other_seeds(horizon: int, algorithm: str) -> None:
-    """Check 7: the same of further seeds. A2C, the option, is not as sure in three steps, but far from learning nothing."""
+    """Check 7: the same of further seeds. A2C, an option, is less sure in three steps, far from learning nothing."""
     limit = 0.12 if (horizon, algorithm) == (3, "a2c") else 0.08
     for seed in (1, 2):
         assert miss_of_trained_agent(horizon, algorithm, seed) < limit
