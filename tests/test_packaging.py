@@ -381,7 +381,9 @@ def expected_files(cuda: bool) -> set[str]:
     package = ROOT / "neuraldeps_kernels"
     sources = {str(path.relative_to(ROOT)) for path in package.rglob("*.py*") if path.suffix in (".py", ".pyi")}
     data = {
-        str(path.relative_to(ROOT)) for path in (package / "data").iterdir() if path.suffix in (".npz", ".txt", ".json")
+        str(path.relative_to(ROOT))
+        for path in [*(package / "data").iterdir(), *(package / "models" / "configs").iterdir()]
+        if path.suffix in (".npz", ".txt", ".json", ".toml")
     }
     binaries = {"_lib/libneuraldeps_ops.so", f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
     binaries |= {"_lib/libneuraldeps_cuda.so"} if cuda else set()

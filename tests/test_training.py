@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -383,13 +384,12 @@ def plain_batches() -> Batches:
     return Batches(SPLIT.train, sampler, Augmentation(flip=0.0))
 
 
-def in_each_process(rank: int, world: int) -> None:
-    ranks_equal_one_process(rank)
-    ranks_resume()
+def in_each_process(folder: Path, rank: int, world: int) -> None:
+    ranks_equal_one_process(folder, rank)
+    ranks_resume(folder)
 
 
-def ranks_equal_one_process(rank: int) -> None:
-    folder = Path(os.environ["TRAINING_TEST"])
+def ranks_equal_one_process(folder: Path, rank: int) -> None:
     torch.manual_seed(rank)  # rank 0 decides how all start
     method = Linear()
     train(method, plain_batches(), steps=6, lr=0.05, optimizer="sgd")
@@ -399,9 +399,7 @@ def ranks_equal_one_process(rank: int) -> None:
     assert_alike_on_all_ranks(method)
 
 
-def ranks_resume() -> None:
-    folder = Path(os.environ["TRAINING_TEST"])
-
+def ranks_resume(folder: Path) -> None:
     def run(out: Path, stop_after: int = -1, resume: bool = False) -> Restless:
         torch.manual_seed(5)
         method = Restless()
@@ -429,14 +427,13 @@ def assert_alike_on_all_ranks(method: Method) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     """They train as one does on the whole batch, stay alike, and resume to the same bits."""
-    monkeypatch.setenv("TRAINING_TEST", str(tmp_path))
     torch.manual_seed(0)
     method = Linear()
     train(method, plain_batches(), steps=6, lr=0.05, optimizer="sgd")
     torch.save(method.state_dict(), tmp_path / "one.pt")
-    on_every_rank(in_each_process, 2, tmp_path)
+    on_every_rank(partial(in_each_process, tmp_path), 2, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ networks
